@@ -1,0 +1,1 @@
+"""The transformer: norm, rotary, attention, mlp, block, transformer, each in one file."""

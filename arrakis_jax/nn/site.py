@@ -1,0 +1,50 @@
+"""The one instrument in the code base: tap, edit, record."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax.numpy as jnp
+
+from arrakis_jax.axes import Array, Bool, Int
+from arrakis_jax.residuals import select_positions
+
+
+@dataclass
+class Sites:
+    """What happens at the sites of one layer (or, with `layer=None`, outside the layers).
+
+    Attributes:
+        capture: names of the sites to record.
+        taps: arrays added at sites; the gradient with respect to one is the site's gradient.
+        edits: functions `(site, layer, value) -> value`.
+        layer: the layer, as a traced scalar.
+        mask: `[B,T]`, True at real tokens; None when every token is real.
+        index, valid: `[B,N]`, the positions to record, or None for all.
+        records: what was recorded.
+    """
+
+    capture: frozenset[str] = frozenset()
+    taps: dict[str, Array] = field(default_factory=dict)
+    edits: tuple[Callable, ...] = ()
+    layer: Int[Array, ""] | None = None
+    mask: Bool[Array, "B T"] | None = None
+    index: Int[Array, "B N"] | None = None
+    valid: Bool[Array, "B N"] | None = None
+    records: dict[str, Array] = field(default_factory=dict)
+
+    def __call__(self, name: str, value: Array, *, axis: int = 1, at_padding: float = 0) -> Array:
+        """Passes `value` through the site `name`; its position axis is `axis`."""
+        changed = value
+        if name in self.taps:
+            changed = changed + self.taps[name]
+        for edit in self.edits:
+            changed = edit(name, self.layer, changed)
+        if self.mask is not None:
+            shape = [1] * value.ndim
+            shape[0], shape[axis] = self.mask.shape
+            changed = jnp.where(self.mask.reshape(shape), changed, at_padding)
+        if name in self.capture:
+            self.records[name] = select_positions(
+                changed, self.index, self.valid, axis, at_padding
+            )
+        return changed
