@@ -45,7 +45,7 @@ class Edit:
     head: Any = field(default=None, kw_only=True)
     position: Any = field(default=None, kw_only=True)
 
-    def bind(self, n_layers: int, position_BT: Int[Array, "B T"], count_B: Int[Array, "B"]) -> Any:
+    def bind(self, n_layers: int, position_BT: Int[Array, "B T"], count_B: Int[Array, " B"]) -> Any:
         """The edit with its layer counted from 0 and its position as a `[B,T]` selection."""
         layer, position = self.layer, self.position
         if layer is not None:

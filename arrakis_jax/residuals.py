@@ -7,13 +7,16 @@ import jax.numpy as jnp
 
 from arrakis_jax.axes import Array, Bool, Float, Int
 from arrakis_jax.errors import NotCapturedError, expected
+from arrakis_jax.places import Places
 
-# Where the batch axis stands in each field; fields with an L axis have it first.
+# Fields without an L axis; the others have it first.
 UNSTACKED = ("embed", "final", "norm_final_scale")
 STREAM = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "final")
 SCALES = ("norm_attn_scale", "norm_mlp_scale", "norm_final_scale")
 INTERNAL = ("q", "k", "v", "pattern", "z", "mlp_act")
 FIELDS = STREAM + SCALES + INTERNAL
+# How many axes each field has from T on; 2 unless named.
+TRAILING = {"q": 3, "k": 3, "v": 3, "z": 3} | dict.fromkeys(SCALES, 1)
 
 
 @jax.tree_util.register_dataclass
@@ -90,6 +93,39 @@ class ResidualStream:
                     f"run the model with {what}=None in its Capture"
                 )
 
+    def at(self, positions: Int[Array, "... N"] | tuple[int, ...]) -> "ResidualStream":
+        """The stream at these positions, counted in real tokens; zero where a row has none.
+
+        Every field has N in place of T, `tokens` and `mask` too. Works with or without a batch.
+        """
+        self.need("mask")
+        static = positions if isinstance(positions, tuple) else None
+        wanted = jnp.asarray(positions, int)
+        index, valid = Places.of(self.mask.shape, self.mask).find(wanted)
+        column = index
+        if self.positions is not None:
+            if static is None or not set(static) <= set(self.positions):
+                raise NotCapturedError(
+                    f"`position` must be one of those captured, {self.positions}, got "
+                    f"{positions}; run the model with positions=None in its Capture"
+                )
+            chosen = jnp.array([self.positions.index(p) for p in static], int)
+            column = jnp.broadcast_to(chosen, index.shape)
+        fields_at = {
+            name: select_positions(
+                value,
+                column,
+                valid,
+                value.ndim - TRAILING.get(name, 2),
+                batch_axis=int(name not in UNSTACKED),
+                absent=float(name in SCALES),
+            )
+            for name in FIELDS
+            if (value := getattr(self, name)) is not None
+        }
+        tokens = None if self.tokens is None else jnp.take_along_axis(self.tokens, index, -1)
+        return ResidualStream(**fields_at, tokens=tokens, mask=valid, layers=self.layers)
+
     def batch_axes(self) -> "ResidualStream":
         """The `in_axes` pytree with which `jax.vmap` maps over the examples of the batch."""
         axes = {
@@ -154,15 +190,18 @@ def as_capture(capture: "str | tuple[str, ...] | Capture") -> Capture:
 
 def select_positions(
     value: Array,
-    index_BN: Int[Array, "B N"] | None,
-    valid_BN: Bool[Array, "B N"] | None,
-    axis: int = 1,
+    index: Int[Array, "... N"] | None,
+    valid: Bool[Array, "... N"] | None,
+    axis: int,
+    *,
+    batch_axis: int = 0,
     absent: float = 0,
 ) -> Array:
-    """`value` at the given positions of its T axis, `absent` where a row has no such position."""
-    if index_BN is None:
+    """`value` at these indices of its T axis, `absent` where a row has no such position."""
+    if index is None or valid is None:
         return value
     shape = [1] * value.ndim
-    shape[0], shape[axis] = index_BN.shape
-    picked = jnp.take_along_axis(value, index_BN.reshape(shape), axis)
-    return jnp.where(valid_BN.reshape(shape), picked, absent)
+    shape[batch_axis : batch_axis + index.ndim - 1] = index.shape[:-1]
+    shape[axis] = index.shape[-1]
+    picked = jnp.take_along_axis(value, index.reshape(shape), axis)
+    return jnp.where(valid.reshape(shape), picked, absent)

@@ -24,8 +24,9 @@ class Norm(nnx.Module):
     def __call__(self, x_BTD: Array, site: Sites, name: str) -> Array:
         """The normed stream; `name` is the site of the divisor."""
         x_BTD = self.centre(x_BTD.astype(self.config.acc))
-        s_BT = jnp.sqrt(jnp.mean(jnp.square(x_BTD), -1) + self.config.norm_eps)
-        s_BT = site(name, s_BT, at_padding=1.0)
+        square_BT = jnp.mean(jnp.square(x_BTD), -1) + self.config.norm_eps
+        # One at padding before the root too: its slope at zero is infinite.
+        s_BT = site(name, jnp.sqrt(site.at_real(square_BT, at_padding=1.0)), at_padding=1.0)
         y_BTD = x_BTD / s_BT[..., None] * self.w[...].astype(self.config.acc)
         return y_BTD if self.b is None else y_BTD + self.b[...].astype(self.config.acc)
 

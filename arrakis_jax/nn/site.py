@@ -34,17 +34,21 @@ class Sites:
 
     def __call__(self, name: str, value: Array, *, axis: int = 1, at_padding: float = 0) -> Array:
         """Passes `value` through the site `name`; its position axis is `axis`."""
-        changed = value
         if name in self.taps:
-            changed = changed + self.taps[name]
+            value = value + self.taps[name].astype(value.dtype)
         for edit in self.edits:
-            changed = edit(name, self.layer, changed)
-        if self.mask is not None:
-            shape = [1] * value.ndim
-            shape[0], shape[axis] = self.mask.shape
-            changed = jnp.where(self.mask.reshape(shape), changed, at_padding)
+            value = edit(name, self.layer, value)
+        value = self.at_real(value, axis, at_padding)
         if name in self.capture:
             self.records[name] = select_positions(
-                changed, self.index, self.valid, axis, at_padding
+                value, self.index, self.valid, axis, absent=at_padding
             )
-        return changed
+        return value
+
+    def at_real(self, value: Array, axis: int = 1, at_padding: float = 0) -> Array:
+        """`value` at real tokens and the constant at padding."""
+        if self.mask is None:
+            return value
+        shape = [1] * value.ndim
+        shape[0], shape[axis] = self.mask.shape
+        return jnp.where(self.mask.reshape(shape), value, at_padding)

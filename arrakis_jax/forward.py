@@ -1,0 +1,153 @@
+"""Compiled, checked entries to the forward, and how every tool is compiled."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from arrakis_jax.axes import Array, Float, Int
+from arrakis_jax.checks import Mask, Tokens, checked_layer, checked_tokens
+from arrakis_jax.edits import Edit, check_edits
+from arrakis_jax.errors import expected
+from arrakis_jax.nn.transformer import Edits, Transformer
+from arrakis_jax.residuals import Capture, ModelOutput, ResidualStream, as_capture
+
+
+def cpu_compiler_options() -> dict[str, str]:
+    """`compiler_options` for a caller's own outermost `jax.jit` of bfloat16 models on CPU.
+
+    XLA on CPU widens bfloat16 weights for its products and moves that out of the scan over
+    layers, which holds the whole model in float32 once more. These options keep it inside. They
+    are only accepted by the outermost jit. The library's own entries apply them themselves.
+    """
+    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+
+
+def compiled(*static: str) -> Callable:
+    """`jax.jit` of a function of a model, with `cpu_compiler_options` where they serve."""
+
+    def decorate(function: Callable) -> Callable:
+        plain = jax.jit(function, static_argnames=static)
+        lean = jax.jit(function, static_argnames=static, compiler_options=cpu_compiler_options())
+
+        @wraps(function)
+        def call(model: Transformer, *args: Any, **kwargs: Any) -> Any:
+            if model.config.dtype == "bfloat16" and _is_outermost_on_cpu((model, args, kwargs)):
+                return lean(model, *args, **kwargs)
+            return plain(model, *args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def _is_outermost_on_cpu(arguments: Any) -> bool:
+    arrays = [a for a in jax.tree.leaves(arguments) if isinstance(a, jax.Array)]
+    probe = jnp.zeros(())  # traced while a jit or scan is being traced around us
+    if any(isinstance(a, jax.core.Tracer) for a in (*arrays, probe)):
+        return False
+    return all(d.platform == "cpu" for d in arrays[0].devices())
+
+
+def run(
+    model: Transformer,
+    tokens: Tokens,
+    *,
+    mask: Mask | None = None,
+    capture: str | tuple[str, ...] | Capture = "residuals",
+    edits: Edits = (),
+    check: bool = False,
+) -> ModelOutput:
+    """The forward `model(tokens, ...)`, checked and compiled once per shape and capture.
+
+    Args:
+        model: the transformer.
+        tokens: `[B,T]` token ids.
+        mask: `[B,T]`, True (or 1) at real tokens; None when all are.
+        capture: "residuals" (logits and the stream), "all", a tuple of ResidualStream field
+            names (with "logits" only if named), or a `Capture`.
+        edits: Set, Add, Scale, Project, Replace, or functions `(site, layer, value) -> value`.
+            New values, layers and positions of an edit do not recompile.
+        check: also check the values of arrays that are on an accelerator.
+
+    Returns:
+        Logits `[B,T,V]` and the residual stream, in float32 or wider; zero at padding.
+
+    Raises:
+        TypeError, ValueError, IndexError: for tokens, mask, capture or edits that do not fit.
+    """
+    tokens, mask = checked_tokens(model.config, tokens, mask, check=check)
+    return _run(model, tokens, mask, checked_edits(model, edits), capture=as_capture(capture))
+
+
+@compiled("capture")
+def _run(model, tokens, mask, edits, *, capture):
+    return model(tokens, mask=mask, capture=capture, edits=edits)
+
+
+def resume(
+    model: Transformer,
+    x: Float[Array, "B T D"],
+    start: int | Int[Array, ""],
+    *,
+    mask: Mask | None = None,
+    edits: Edits = (),
+) -> ModelOutput:
+    """The rest of the forward: blocks start..L-1 from stream point `x`, then the readout.
+
+    `resume(model, residuals.resid_pre[n], n)` gives the logits of the full forward.
+
+    Args:
+        model: the transformer.
+        x: `[B,T,D]`, the stream entering block `start`.
+        start: an int in [-L, L] (L is the readout alone): the remaining layers are a static slice,
+            and the result can be differentiated. Or a traced scalar: one program for all starts,
+            which runs only the remaining blocks, forward or forward-mode only (reverse-mode
+            differentiation raises). Do not vmap over it: every start would run every block.
+        mask: `[B,T]`, as in the forward that `x` came from.
+        edits: as in `run`; only sites from block `start` on are met.
+
+    Returns:
+        Logits, with `final` and `norm_final_scale` in the residual stream.
+    """
+    shape = (*jnp.shape(x)[:-1], model.config.d_model)
+    if jnp.ndim(x) != 3 or jnp.shape(x) != shape:
+        do = "pass one stream point, such as residuals.resid_pre[start]"
+        got = f"shape {jnp.shape(x)}"
+        raise ValueError(expected("x", f"`[B,T,{model.config.d_model}]`", got, do))
+    if mask is not None:
+        mask = checked_tokens(model.config, jnp.zeros(x.shape[:2], int), mask)[1]
+    start = checked_layer(start, model.config.n_layers, name="start", end=1)
+    edits = checked_edits(model, edits)
+    if isinstance(start, int):
+        return _resume_static(model, x, mask, edits, start=start)
+    return _resume_traced(model, x, start, mask, edits)
+
+
+@compiled("start")
+def _resume_static(model, x, mask, edits, *, start):
+    return model.resume(x, start, mask=mask, edits=edits)
+
+
+@compiled()
+def _resume_traced(model, x, start, mask, edits):
+    return model.resume(x, start, mask=mask, edits=edits)
+
+
+def checked_edits(model: Transformer, edits: Edits) -> Edits:
+    """The edits, checked, with plain functions as pytrees so that jit accepts them."""
+    edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
+    config = model.config
+    check_edits(edits, config.n_layers, config.n_heads, config.n_kv_heads)
+    return tuple(e if isinstance(e, Edit) else jax.tree_util.Partial(e) for e in edits)
+
+
+def stream_of(source: Any) -> ResidualStream | None:
+    """The residual stream in a ResidualStream or ModelOutput; None for anything else (tokens)."""
+    if isinstance(source, ModelOutput):
+        return source.residuals
+    return source if isinstance(source, ResidualStream) else None
+
+

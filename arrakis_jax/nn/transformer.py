@@ -1,0 +1,309 @@
+"""The decoder: embedding, one scan over the stacked blocks, readout."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from arrakis_jax.axes import Array, Bool, Float, Int
+from arrakis_jax.config import ModelConfig
+from arrakis_jax.edits import Edit
+from arrakis_jax.errors import expected
+from arrakis_jax.nn.block import Block
+from arrakis_jax.nn.linear import constant, product, weight
+from arrakis_jax.nn.norm import make_norm
+from arrakis_jax.nn.rotary import rotation
+from arrakis_jax.nn.site import Sites
+from arrakis_jax.places import Places
+from arrakis_jax.residuals import (
+    UNSTACKED,
+    Capture,
+    ModelOutput,
+    ResidualStream,
+    as_capture,
+    select_positions,
+)
+
+Edits = tuple[Edit | Callable, ...]
+
+
+class Transformer(nnx.Module):
+    """A decoder-only transformer whose forward returns its residual stream.
+
+    Every parameter of `blocks` has a leading layer axis: `blocks.attn.w_q [L,D,H,K]`, `w_k, w_v
+    [L,D,G,K]`, `w_o [L,H,K,D]`, `blocks.mlp.w_in, w_gate [L,D,F]`, `w_out [L,F,D]`, biases `b_*`,
+    norms `blocks.norm_attn.w`, `blocks.norm_mlp.w`, `norm_final.w` (and `.b`); `w_e [V,D]`,
+    `w_pos [P,D]`, `w_u [D,V]`, `b_u [V]`. One that the config does not have is None. They are
+    read as `model.w_e[...]` and set as `model.w_e[...] = value`.
+
+    Example:
+        >>> config = config_for("gpt2", n_layer=2, n_embd=16, n_head=2, vocab_size=11)
+        >>> model = Transformer(config, rngs=nnx.Rngs(0))
+        >>> model(jnp.arange(6)[None]).residuals.resid_pre.shape
+        (2, 1, 6, 16)
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        d, v = config.d_model, config.vocab_size
+        self.config = config
+        self.w_e = weight(rngs, (v, d), d, config)
+        learned = config.positions == "learned"
+        self.w_pos = weight(rngs, (config.max_positions, d), d, config) if learned else None
+        self.blocks = Block(config, rngs, (config.n_layers,))
+        self.norm_final = make_norm(config)
+        self.w_u = None if config.tied else weight(rngs, (d, v), d, config)
+        self.b_u = constant((v,), 0.0, config) if config.unembed_bias else None
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        mask: Bool[Array, "B T"] | None = None,
+        capture: str | tuple[str, ...] | Capture = "residuals",
+        edits: Edits = (),
+        taps: dict[str, Array] | None = None,
+    ) -> ModelOutput:
+        """The logits and the residual stream.
+
+        Args:
+            tokens: token ids; those at padding are not read. An id outside of the vocabulary
+                makes its own row NaN (`run` raises instead).
+            mask: True (or 1) at real tokens; None when all are.
+            capture: what to return: "residuals", "all", a tuple of field names, or a Capture.
+            edits: changes made on the way, in order.
+            taps: arrays added at sites, `[L,...]` or for `embed` and `final` without L: the
+                gradient with respect to a tap of zeros is the gradient at its site.
+        """
+        return self.after_embedding(
+            self.embed(tokens, mask=mask),
+            tokens=tokens,
+            mask=mask,
+            capture=capture,
+            edits=edits,
+            taps=taps,
+        )
+
+    def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The token embeddings, without positions; NaN for an id outside of the vocabulary."""
+        rows = self.w_e[...].at[tokens]
+        embedding = rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return embedding.astype(self.config.acc)
+
+    def embed_positions(self, position: Int[Array, "..."]) -> Float[Array, "... D"] | None:
+        """The learned position embeddings, or None in a model without; NaN beyond the table."""
+        if self.w_pos is None:
+            return None
+        rows = self.w_pos[...].at[position]
+        return rows.get(mode="fill", fill_value=jnp.nan).astype(self.config.acc)
+
+    def embed(
+        self, tokens: Int[Array, "B T"], *, mask: Array | None = None
+    ) -> Float[Array, "B T D"]:
+        """Token plus learned position embedding, the stream entering block 0; zero at padding."""
+        places = Places.of(tokens.shape, mask)
+        if places.mask is not None:
+            tokens = jnp.where(places.mask, tokens, 0)
+        x_BTD = self.embed_tokens(tokens)
+        if self.w_pos is not None:
+            x_BTD = x_BTD + self.embed_positions(places.position)
+        return x_BTD if places.mask is None else jnp.where(places.mask[..., None], x_BTD, 0)
+
+    def after_embedding(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        *,
+        tokens: Int[Array, "B T"] | None = None,
+        mask: Array | None = None,
+        capture: str | tuple[str, ...] | Capture = "residuals",
+        edits: Edits = (),
+        taps: dict[str, Array] | None = None,
+        at: Int[Array, "B N"] | None = None,
+    ) -> ModelOutput:
+        """The forward from the embedding on; `tokens` are only handed to the result.
+
+        `at` are positions to record in place of the capture's, which may be traced.
+        """
+        capture = as_capture(capture)
+        places = Places.of(x_BTD.shape[:2], mask)
+        taps = {} if taps is None else taps
+        site = self._sites(places, capture, edits, at)
+        outside = replace(site, taps={k: v for k, v in taps.items() if k in UNSTACKED}, records={})
+        inside = {k: v for k, v in taps.items() if k not in UNSTACKED}
+
+        x_BTD = outside("embed", x_BTD.astype(self.config.acc))
+        x_BTD, records, layers = self._scan(x_BTD, site, places, capture, inside)
+        x_BTD = outside("final", x_BTD)
+        logits = self._logits(x_BTD, outside, capture)
+
+        wanted = set(capture.fields)
+        stream = ResidualStream(
+            **{k: v for k, v in (outside.records | records).items() if k in wanted},
+            tokens=tokens,
+            mask=places.real,
+            layers=layers,
+            positions=capture.positions,
+        )
+        return ModelOutput(logits, stream)
+
+    def unembedding(self, ids: Int[Array, "..."] | None = None) -> Float[Array, "... D"]:
+        """Rows `[...,D]` of the unembedding for these token ids, or all of it as `[V,D]`."""
+        if ids is None:
+            rows = self.w_e[...] if self.w_u is None else self.w_u[...].T
+        elif self.w_u is None:
+            rows = self.w_e[...][ids]
+        else:
+            rows = jnp.moveaxis(jnp.take(self.w_u[...], ids, axis=1), 0, -1)
+        return rows.astype(self.config.acc)
+
+    def final_norm(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """What the unembedding reads, from the stream."""
+        return x if self.norm_final is None else self.norm_final(x, Sites(), "norm_final_scale")
+
+    def readout(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        *,
+        mask: Array | None = None,
+        edits: Edits = (),
+        capture: str | tuple[str, ...] | Capture = ("logits", "final", "norm_final_scale"),
+    ) -> ModelOutput:
+        """The final norm and the unembedding of a stream."""
+        capture = as_capture(capture)
+        places = Places.of(x_BTD.shape[:2], mask)
+        site = self._sites(places, capture, edits)
+        logits = self._logits(site("final", x_BTD.astype(self.config.acc)), site, capture)
+        stream = ResidualStream(**site.records, mask=places.real, positions=capture.positions)
+        return ModelOutput(logits, stream)
+
+    def resume(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        start: int | Int[Array, ""],
+        *,
+        mask: Array | None = None,
+        edits: Edits = (),
+    ) -> ModelOutput:
+        """Blocks start..L-1 from the stream entering block `start`, then the readout.
+
+        With an int the blocks are a static slice, and the result can be differentiated; with a
+        traced scalar only the blocks needed are run, forward or forward-mode only.
+        """
+        n_layers = self.config.n_layers
+        places = Places.of(x_BTD.shape[:2], mask)
+        site = self._sites(places, Capture(()), edits)
+        x_BTD = x_BTD.astype(self.config.acc)
+        body = self._body(site, places)
+        if isinstance(start, int):
+            layers = jnp.arange(n_layers)
+            first = start + n_layers if start < 0 else start
+            xs = jax.tree.map(lambda a: a[first:], (self.blocks, {}, layers))
+            x_BTD = jax.lax.scan(body, x_BTD, xs)[0]
+        else:
+
+            def step(layer: Array, x_BTD: Array) -> Array:
+                block = jax.tree.map(
+                    lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False), self.blocks
+                )
+                return body(x_BTD, (block, {}, layer))[0]
+
+            start = jnp.where(start < 0, start + n_layers, start)
+            x_BTD = jax.lax.fori_loop(start, n_layers, step, x_BTD)
+        return self.readout(x_BTD, mask=mask, edits=edits)
+
+    def _sites(
+        self, places: Places, capture: Capture, edits: Edits, at: Array | None = None
+    ) -> Sites:
+        n_layers = self.config.n_layers
+        bound = tuple(
+            edit.bind(n_layers, places.position, places.count) if isinstance(edit, Edit) else edit
+            for edit in edits
+        )
+        index = valid = None
+        if at is None and capture.positions is not None:
+            at = jnp.array(capture.positions, int)
+        if at is not None:
+            index, valid = places.find(at)
+        return Sites(
+            capture=frozenset(capture.fields),
+            edits=bound,
+            mask=places.mask,
+            index=index,
+            valid=valid,
+        )
+
+    def _body(self, site: Sites, places: Places) -> Callable:
+        """One layer as a scan's body: `(x, (block, taps, layer)) -> (x, records)`."""
+        allowed_BTS = places.allowed()
+        turn = None
+        if self.config.positions == "rope":
+            turn = rotation(self.config, places.position)
+
+        def body(x_BTD: Array, xs: tuple) -> tuple[Array, dict[str, Array]]:
+            block, taps, layer = xs
+            here = replace(site, taps=taps, layer=layer, records={})
+            return block(x_BTD, turn, allowed_BTS, layer, here), here.records
+
+        # Saves the products with weights and recomputes the rest, the T x T arrays above all.
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+    def _scan(
+        self,
+        x_BTD: Array,
+        site: Sites,
+        places: Places,
+        capture: Capture,
+        taps: dict[str, Array],
+    ) -> tuple[Array, dict[str, Array], tuple[int, ...] | None]:
+        n_layers = self.config.n_layers
+        body = self._body(site, places)
+        xs = (self.blocks, taps, jnp.arange(n_layers))
+        if capture.layers is None:
+            x_BTD, records = jax.lax.scan(body, x_BTD, xs)
+            return x_BTD, records, None
+        layers = _counted(capture.layers, n_layers)
+        slots = jnp.full(n_layers, len(layers)).at[jnp.array(layers, int)].set(
+            jnp.arange(len(layers)), mode="drop"
+        )  # fmt: skip
+
+        def selecting(carry: tuple, xs: tuple) -> tuple[tuple, None]:
+            x_BTD, held = carry
+            x_BTD, records = body(x_BTD, xs[0])
+            held = jax.tree.map(lambda a, r: a.at[xs[1]].set(r, mode="drop"), held, records)
+            return (x_BTD, held), None
+
+        first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), xs)
+        _, shapes = jax.eval_shape(body, x_BTD, first)
+        held = jax.tree.map(lambda s: jnp.zeros((len(layers), *s.shape), s.dtype), shapes)
+        (x_BTD, held), _ = jax.lax.scan(selecting, (x_BTD, held), (xs, slots))
+        return x_BTD, held, layers
+
+    def _logits(self, x_BTD: Array, site: Sites, capture: Capture) -> Array | None:
+        wanted = {"logits", "norm_final_scale"} & set(capture.fields)
+        if not wanted:
+            return None
+        y_BTD = x_BTD
+        if self.norm_final is not None:
+            y_BTD = self.norm_final(x_BTD, site, "norm_final_scale")
+        if "logits" not in wanted:
+            return None
+        y_BND = select_positions(y_BTD, site.index, site.valid, axis=1)
+        if self.w_u is None:
+            logits = product("BTD,VD->BTV", y_BND, self.w_e[...], config=self.config)
+        else:
+            logits = product("BTD,DV->BTV", y_BND, self.w_u[...], config=self.config)
+        if self.b_u is not None:
+            logits = logits + self.b_u[...].astype(logits.dtype)
+        real = site.mask if site.index is None else site.valid
+        return logits if real is None else jnp.where(real[..., None], logits, 0)
+
+
+def _counted(layers: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
+    """Layers counted from 0, ascending, each once."""
+    for layer in layers:
+        if not -n_layers <= layer < n_layers:
+            do = f"the model has {n_layers} layers"
+            raise IndexError(expected("layers", f"in [{-n_layers}, {n_layers})", layer, do))
+    return tuple(sorted({layer % n_layers for layer in layers}))

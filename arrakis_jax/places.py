@@ -1,0 +1,49 @@
+"""Where the real tokens of a padded batch stand."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from arrakis_jax.axes import Array, Bool, Int
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where real tokens stand on the T axis; any axes before T are a batch.
+
+    Attributes:
+        mask: `[...,T]`, True at real tokens; None when every token is real.
+        position: `[...,T]`, the number of real tokens before each.
+        count: `[...]`, the number of real tokens.
+    """
+
+    mask: Bool[Array, "... T"] | None
+    position: Int[Array, "... T"]
+    count: Int[Array, "..."]
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], mask: Array | None) -> "Places":
+        """The places of tokens of shape `[...,T]` with this mask."""
+        if mask is None:
+            position = jnp.broadcast_to(jnp.arange(shape[-1]), shape)
+            return cls(None, position, jnp.full(shape[:-1], shape[-1]))
+        mask = jnp.asarray(mask, bool)
+        position = jnp.maximum(jnp.cumsum(mask, -1) - 1, 0)
+        return cls(mask, position, mask.sum(-1))
+
+    @property
+    def real(self) -> Bool[Array, "... T"]:
+        """The mask, also when every token is real."""
+        return jnp.ones(self.position.shape, bool) if self.mask is None else self.mask
+
+    def allowed(self) -> Bool[Array, "... T S"]:
+        """Which keys each query may read: real ones, up to itself."""
+        t = self.position.shape[-1]
+        causal_TS = jnp.tril(jnp.ones((t, t), bool))
+        return causal_TS[None] if self.mask is None else causal_TS & self.mask[..., None, :]
+
+    def find(self, wanted: Int[Array, "... N"]) -> tuple[Int[Array, "... N"], Bool[Array, "... N"]]:
+        """The indices on the T axis of positions counted in real tokens, and which exist."""
+        wanted = jnp.where(wanted < 0, wanted + self.count[..., None], wanted)
+        hit_NT = (self.position[..., None, :] == wanted[..., None]) & self.real[..., None, :]
+        return jnp.argmax(hit_NT, -1), hit_NT.any(-1)
