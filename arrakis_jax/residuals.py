@@ -126,6 +126,16 @@ class ResidualStream:
         tokens = None if self.tokens is None else jnp.take_along_axis(self.tokens, index, -1)
         return ResidualStream(**fields_at, tokens=tokens, mask=valid, layers=self.layers)
 
+    def squeezed(self) -> "ResidualStream":
+        """A stream at one position, without the position axis."""
+        values = {
+            name: jnp.squeeze(value, value.ndim - TRAILING.get(name, 2))
+            for name in FIELDS
+            if (value := getattr(self, name)) is not None
+        }
+        tokens = None if self.tokens is None else self.tokens[..., 0]
+        return ResidualStream(**values, tokens=tokens, mask=self.mask[..., 0], layers=self.layers)
+
     def batch_axes(self) -> "ResidualStream":
         """The `in_axes` pytree with which `jax.vmap` maps over the examples of the batch."""
         axes = {

@@ -123,7 +123,8 @@ class Transformer(nnx.Module):
     ) -> ModelOutput:
         """The forward from the embedding on; `tokens` are only handed to the result.
 
-        `at` are positions to record in place of the capture's, which may be traced.
+        `at` are positions to record in place of the capture's; they may be traced. The result's
+        mask then says which of them exist.
         """
         capture = as_capture(capture)
         places = Places.of(x_BTD.shape[:2], mask)
@@ -137,13 +138,12 @@ class Transformer(nnx.Module):
         x_BTD = outside("final", x_BTD)
         logits = self._logits(x_BTD, outside, capture)
 
-        wanted = set(capture.fields)
         stream = ResidualStream(
-            **{k: v for k, v in (outside.records | records).items() if k in wanted},
+            **(outside.records | records),
             tokens=tokens,
-            mask=places.real,
+            mask=places.real if at is None else site.valid,
             layers=layers,
-            positions=capture.positions,
+            positions=capture.positions if at is None else None,
         )
         return ModelOutput(logits, stream)
 

@@ -1,0 +1,1 @@
+"""Decomposition: what wrote this? One method, one file."""

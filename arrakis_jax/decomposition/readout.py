@@ -1,0 +1,204 @@
+"""What wrote a logit: every term's share, through the final norm with its scale as it was."""
+
+from dataclasses import dataclass, field
+import jax
+import jax.numpy as jnp
+
+from arrakis_jax.axes import Array, Float
+from arrakis_jax.checks import (
+    Ids,
+    Mask,
+    Tokens,
+    checked_choice,
+    checked_ids,
+    checked_position,
+    checked_tokens,
+)
+from arrakis_jax.decomposition.direct import BY, capture_for, factors, located
+from arrakis_jax.errors import expected
+from arrakis_jax.forward import compiled, stream_of
+from arrakis_jax.labels import Labels
+from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.numerics import contract, ratio
+from arrakis_jax.places import Places
+from arrakis_jax.residuals import Capture, ModelOutput, ResidualStream
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LogitAttribution:
+    """The share of each of C terms in a logit or logit difference, in logits.
+
+    Attributes:
+        terms: `[C,B]`, or `[C,B,T]` for every position.
+        constant: `[B]` (`[B,T]`), what depends on no term: `beta . u + b_u`.
+        logit: `[B]` (`[B,T]`), the model's logit or logit difference, read from `final`.
+        gap: `[B]` (`[B,T]`), `|sum(terms) + constant - logit|` over the sum of absolute terms:
+            rounding, and in an edited forward what the edits broke.
+        labels: what each term is.
+    """
+
+    terms: Float[Array, "C B"]
+    constant: Float[Array, " B"]
+    logit: Float[Array, " B"]
+    gap: Float[Array, " B"]
+    labels: Labels = field(metadata={"static": True})
+
+    def by_head(self) -> Float[Array, "L H B"]:
+        """The heads' terms as `[L,H,B]` (`[L,H,B,T]`)."""
+        return self.by_layer("head")
+
+    def by_layer(self, kind: str) -> Float[Array, "L B"]:
+        """The terms of one kind as `[L,B]` (attn, attn_bias, mlp) or `[L,H,B]` (head)."""
+        labels = self.labels
+        start, count = labels.start(kind), dict(labels.kinds)[kind]
+        rest = self.terms[len(labels.first) :]
+        rest = rest.reshape(len(labels.layers), labels.per_layer, *rest.shape[1:])
+        return rest[:, start : start + count] if count else rest[:, start]
+
+    def top(self, k: int) -> tuple[Array, Array]:
+        """The k terms of largest absolute value: their values and indices, `[k,B]` each."""
+        if not 1 <= k <= len(self.labels):
+            do = "there are no more terms"
+            raise ValueError(expected("k", f"in [1, {len(self.labels)}]", k, do))
+        terms = jnp.moveaxis(self.terms, 0, -1)
+        index = jax.lax.top_k(jnp.abs(terms), k)[1]
+        value = jnp.take_along_axis(terms, index, -1)
+        return jnp.moveaxis(value, -1, 0), jnp.moveaxis(index, -1, 0)
+
+
+def logit_attribution(
+    model: Transformer,
+    tokens: Tokens | ResidualStream | ModelOutput,
+    targets: Ids,
+    *,
+    against: Ids | None = None,
+    by: str = "component",
+    position: int | Array | None = -1,
+    mask: Mask | None = None,
+    check: bool = False,
+) -> LogitAttribution:
+    """Direct logit attribution: which terms of the stream write a logit or logit difference.
+
+    `term_c = x_c . r / s` with `r = gamma * u` (LayerNorm: centred, so that terms need not be),
+    `u` the target's unembedding (minus that of `against`) and `s` the observed scale of the
+    final norm. The terms plus the constant equal the model's logit. Weights are used as they are.
+    The norm's scale is frozen: this is an exact account of this forward, not of what removing a
+    term would do.
+
+    Args:
+        model: the transformer.
+        tokens: `[B,T]` token ids, or a stream already captured (with `capture_for(by)`), of
+            which nothing is run again.
+        targets: token ids, an int or `[B]`; `[B,T]` with `position=None`.
+        against: token ids whose logit is subtracted, or None.
+        by: "component" or "head" (kinds as in `decompose`).
+        position: counted in real tokens (-1 is each row's last): an int or `[B]`. None for every
+            position.
+        mask: `[B,T]`, with token ids.
+        check: also check the values of arrays that are on an accelerator.
+
+    Returns:
+        `.terms [C,B]` and their labels; `[C,B,T]` with `position=None`, zero at padding.
+
+    Raises:
+        NotCapturedError: if a stream is given that lacks a field or position.
+
+    Reference:
+        Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.
+    """
+    checked_choice("by", by, BY)
+    config = model.config
+    stream = stream_of(tokens)
+    if stream is None:
+        tokens, mask = checked_tokens(config, tokens, mask, check=check)
+        shape = tokens.shape
+    else:
+        stream.need("mask", all_layers=True)
+        shape, mask = stream.mask.shape, stream.mask
+    if position is None:
+        if stream is not None and stream.positions is not None:
+            shape = (*shape[:-1], len(stream.positions))
+    else:
+        static = position if isinstance(position, int) else None
+        rows = shape[0] if len(shape) == 2 else 1
+        position = checked_position(position, rows, mask if len(shape) == 2 else None, shape[-1])
+        shape = shape[:-1]
+        position = position.reshape(shape)
+    targets = checked_ids(config, targets, shape, check=check)
+    if against is not None:
+        against = checked_ids(config, against, shape, name="against", check=check)
+    if stream is None:
+        return _run_and_attribute(model, tokens, mask, position, targets, against, by=by)
+    if position is not None and stream.positions is not None:
+        return _attribute(model, stream, None, targets, against, by=by, column=static)
+    return _attribute(model, stream, position, targets, against, by=by, column=None)
+
+
+@compiled("by", "column")
+def _attribute(model, stream, position, targets, against, *, by, column):
+    if column is not None:
+        stream, number = located(stream, (column,))
+    elif position is not None:
+        number = jnp.where(position < 0, position + stream.mask.sum(-1), position)[..., None]
+        stream = stream.at(position[..., None])
+    else:
+        stream, number = located(stream, None)
+    if column is not None or position is not None:
+        stream, number = stream.squeezed(), number[..., 0]
+    return attribution(model, stream, number, targets, against, by)
+
+
+@compiled("by")
+def _run_and_attribute(model, tokens, mask, position, targets, against, *, by):
+    places = Places.of(tokens.shape, mask)
+    at, number = None, places.position
+    if position is not None:
+        at = position[:, None]
+        number = jnp.where(position < 0, position + places.count, position)
+    stream = model.after_embedding(
+        model.embed(tokens, mask=mask), mask=mask, capture=Capture(capture_for(by)), at=at
+    ).residuals
+    if position is not None:
+        stream = stream.squeezed()
+    return attribution(model, stream, number, targets, against, by)
+
+
+def attribution(
+    model: Transformer,
+    stream: ResidualStream,
+    position: Array,
+    targets: Array,
+    against: Array | None,
+    by: str,
+) -> LogitAttribution:
+    """The uncompiled method, on a located stream: one target for each of its vectors."""
+    config = model.config
+    stream.need("final", *(() if config.norm is None else ("norm_final_scale",)))
+    parts = factors(model, stream, position, ends=(config.n_layers,) * 2, by=by)
+    u = model.unembedding(targets)
+    if against is not None:
+        u = u - model.unembedding(against)
+    bias = jnp.zeros((), config.acc)
+    if model.b_u is not None:
+        b_u = model.b_u[...].astype(config.acc)
+        bias = b_u[targets] - (0 if against is None else b_u[against])
+    r, offset = logit_direction(model, u)
+    scale = 1 if config.norm is None else stream.norm_final_scale
+    logit = contract("...D,...D->...", model.final_norm(stream.final), u) + bias
+    terms = jnp.where(stream.mask, parts.along(r) / scale, 0)
+    constant, logit = (jnp.where(stream.mask, x, 0) for x in (offset + bias, logit))
+    gap = ratio(jnp.abs(terms.sum(0) + constant - logit), jnp.abs(terms).sum(0))
+    return LogitAttribution(
+        terms=terms, constant=constant, logit=logit, gap=gap, labels=parts.labels
+    )
+
+
+def logit_direction(model: Transformer, u: Float[Array, "... D"]) -> tuple[Array, Array]:
+    """The stream direction `r` and the constant with `norm(x) . u = x . r / s + constant`."""
+    if model.norm_final is None:
+        return u, jnp.zeros(u.shape[:-1], u.dtype)
+    r = model.norm_final.centre(u * model.norm_final.w[...].astype(u.dtype))
+    if model.norm_final.b is None:
+        return r, jnp.zeros(u.shape[:-1], u.dtype)
+    return r, contract("...D,D->...", u, model.norm_final.b[...])
