@@ -1,0 +1,1 @@
+"""Attribution: which inputs and components caused this output? One method, one file."""

@@ -1,0 +1,185 @@
+"""Gradients of a logit at every site of the forward, in one backward pass."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from arrakis_jax.axes import Array, Float, Int
+from arrakis_jax.checks import (
+    Ids,
+    Mask,
+    Tokens,
+    checked_ids,
+    checked_position,
+    checked_tokens,
+)
+from arrakis_jax.forward import compiled
+from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.numerics import contract
+from arrakis_jax.residuals import (
+    INTERNAL,
+    SCALES,
+    Capture,
+    ResidualStream,
+    as_capture,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Target:
+    """What is differentiated: a logit, or a logit difference, at one position of each row.
+
+    Attributes:
+        ids: `[B]` token ids.
+        against: `[B]` ids of the logit subtracted, or None.
+        position: `[B]`, counted in real tokens.
+    """
+
+    ids: Int[Array, " B"]
+    against: Int[Array, " B"] | None
+    position: Int[Array, " B"]
+
+    def direction(self, model: Transformer) -> Float[Array, "B D"]:
+        """The unembedding of the target, less that of `against`."""
+        u_BD = model.unembedding(self.ids)
+        return u_BD if self.against is None else u_BD - model.unembedding(self.against)
+
+    def offset(self, model: Transformer) -> Float[Array, " B"]:
+        """What the unembedding's bias adds."""
+        if model.b_u is None:
+            return jnp.zeros(self.ids.shape, model.config.acc)
+        b_u = model.b_u[...].astype(model.config.acc)
+        return b_u[self.ids] - (0 if self.against is None else b_u[self.against])
+
+
+def checked_target(
+    model: Transformer, tokens: Any, targets: Any, against: Any, position: Any, mask: Any, name: str
+) -> Target:
+    """The target for a checked batch of tokens; see the public functions for what raises."""
+    shape = tokens.shape[:1]
+    against_ids = None
+    if against is not None:
+        against_ids = checked_ids(model.config, against, shape, name="against")
+    return Target(
+        checked_ids(model.config, targets, shape, name=name),
+        against_ids,
+        checked_position(position, tokens.shape[0], mask, tokens.shape[1]),
+    )
+
+
+def target_value(
+    model: Transformer,
+    x_BTD: Float[Array, "B T D"],
+    mask: Array | None,
+    target: Target,
+    *,
+    taps: dict[str, Array] | None = None,
+    capture: tuple[str, ...] = (),
+) -> tuple[Float[Array, " B"], ResidualStream]:
+    """The target of each row from the embedded stream, unembedding only the tokens it reads."""
+    fields = tuple({*capture, "final"})
+    stream = model.after_embedding(
+        x_BTD, mask=mask, capture=Capture(fields), taps=taps
+    ).residuals
+    final_BD = stream.at(target.position[:, None]).final[:, 0]
+    y_BD = model.final_norm(final_BD)
+    value = contract("BD,BD->B", y_BD, target.direction(model)) + target.offset(model)
+    return value, stream
+
+
+def tapped_gradients(
+    model: Transformer,
+    x_BTD: Float[Array, "B T D"],
+    mask: Array | None,
+    target: Target,
+    sites: tuple[str, ...],
+    capture: tuple[str, ...] = (),
+) -> tuple[Float[Array, " B"], dict[str, Array], ResidualStream]:
+    """Each row's target, its gradient at these sites, and the captured stream.
+
+    One backward pass: rows do not interact, so the gradient of their sum holds each row's own.
+    """
+
+    def total(taps: dict[str, Array]) -> tuple[Array, tuple]:
+        value, stream = target_value(model, x_BTD, mask, target, taps=taps, capture=capture)
+        return value.sum(), (value, stream)
+
+    gradients, (value, stream) = jax.grad(total, has_aux=True)(
+        _zeros(model, x_BTD, mask, sites)
+    )
+    return value, gradients, stream
+
+
+def _zeros(
+    model: Transformer, x_BTD: Array, mask: Array | None, sites: tuple[str, ...]
+) -> dict[str, Array]:
+    """Taps of zeros at these sites, shaped as the forward records them."""
+    forward: Callable = model.after_embedding
+    shapes = jax.eval_shape(lambda x: forward(x, mask=mask, capture=sites).residuals, x_BTD)
+    acc = model.config.acc
+    return {name: jnp.zeros(getattr(shapes, name).shape, acc) for name in sites}
+
+
+def residual_gradients(
+    model: Transformer,
+    tokens: Tokens,
+    targets: Ids,
+    *,
+    against: Ids | None = None,
+    position: int | Array = -1,
+    mask: Mask | None = None,
+    capture: str | tuple[str, ...] = "residuals",
+    check: bool = False,
+) -> ResidualStream:
+    """The gradient of a logit or logit difference at every site, in one backward pass.
+
+    Where attention and MLP write straight to the stream, the gradient with respect to `attn_out`
+    is that of `resid_mid`, and of `mlp_out` that of the next `resid_pre` (or `final`). A head's
+    written vector has the gradient of `attn_out`.
+
+    Args:
+        model: the transformer.
+        tokens: `[B,T]` token ids.
+        targets: the token whose logit is differentiated, an int or `[B]`.
+        against: a token whose logit is subtracted, or None.
+        position: where the logit is read, counted in real tokens: an int or `[B]`.
+        mask: `[B,T]`.
+        capture: the sites: "residuals" (the stream's own), "all" (q, k, v, pattern, z and mlp_act
+            too), or a tuple of names. Norm scales have no gradient of their own here.
+        check: also check the values of arrays that are on an accelerator.
+
+    Returns:
+        A ResidualStream whose fields hold gradients, in logits per unit; norm scales are None,
+        and everything is zero at padding.
+
+    Reference:
+        Activation gradients by zero-valued taps; cost two forwards, since weight gradients are
+        never formed.
+    """
+    tokens, mask = checked_tokens(model.config, tokens, mask, check=check)
+    target = checked_target(model, tokens, targets, against, position, mask, "targets")
+    names = tuple(n for n in as_capture(capture).fields if n not in (*SCALES, "logits"))
+    return _residual_gradients(model, tokens, mask, target, sites=names)
+
+
+@compiled("sites")
+def _residual_gradients(model, tokens, mask, target, *, sites):
+    config = model.config
+    sites = tuple(s for s in sites if config.d_mlp or s not in ("mlp_out", "mlp_act"))
+    inside = tuple(s for s in sites if s in INTERNAL)
+    x_BTD = model.embed(tokens, mask=mask)
+    taps = ("resid_pre", "resid_mid", "final", *inside)
+    _, gradients, stream = tapped_gradients(model, x_BTD, mask, target, taps)
+    resid_pre, final = gradients["resid_pre"], gradients["final"]
+    every = gradients | {
+        "embed": jnp.concatenate([resid_pre, final[None]])[0],
+        "attn_out": gradients["resid_mid"],
+        "mlp_out": jnp.concatenate([resid_pre[1:], final[None]])[: config.n_layers],
+    }
+    return ResidualStream(
+        **{name: every[name] for name in sites}, tokens=tokens, mask=stream.mask
+    )

@@ -1,0 +1,172 @@
+"""How far the stream moves between two points, at every position."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from arrakis_jax.axes import Array, Float, Int
+from arrakis_jax.checks import Mask, Tokens, checked_layer, checked_tokens
+from arrakis_jax.forward import compiled, stream_of
+from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.numerics import norm, ratio
+from arrakis_jax.residuals import Capture, ModelOutput, ResidualStream
+
+_POSTS = Capture(("resid_pre", "final"))
+_POINTS = Capture(("resid_pre", "resid_mid", "final"))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Movement:
+    """How the stream changes from a point a to a point b.
+
+    Attributes:
+        relative_norm: `|b - a| / |a|`.
+        cosine: the cosine of the angle between them.
+        angle: the angle, in radians in [0, pi].
+    """
+
+    relative_norm: Float[Array, "B T"]
+    cosine: Float[Array, "B T"]
+    angle: Float[Array, "B T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class MovementMatrix(Movement):
+    """The movement between all pairs of P stream points: `[P,P,B,T]`, from the first to the second.
+
+    Attributes:
+        points: the points' names, as `(field, layer)`; the last is `("final", None)`.
+    """
+
+    points: tuple[tuple[str, int | None], ...] = field(metadata={"static": True})
+
+
+def movement(a: Float[Array, "... D"], b: Float[Array, "... D"]) -> Movement:
+    """The movement from vectors a to vectors b; zero where either is zero.
+
+    Differences are taken before norms, and the angle is `2 atan2(|u - w|, |u + w|)` of the unit
+    vectors u and w, which is accurate for the smallest of angles where arccos is not.
+    """
+    u, w = (ratio(x, norm(x)[..., None]) for x in (a, b))
+    apart, together = norm(u - w), norm(u + w)
+    both = (norm(a) > 0) & (norm(b) > 0)
+    angle = 2 * jnp.arctan2(apart, jnp.where(both, together, 1))
+    return Movement(
+        relative_norm=ratio(norm(b - a), norm(a)),
+        cosine=jnp.where(both, (together**2 - apart**2) / 4, 0),
+        angle=jnp.where(both, angle, 0),
+    )
+
+
+def residual_movement(
+    model: Transformer,
+    input_ids: Tokens | ResidualStream | ModelOutput,
+    layer_idx1: int | Int[Array, ""],
+    layer_idx2: int | Int[Array, ""],
+    *,
+    mask: Mask | None = None,
+    check: bool = False,
+) -> Movement:
+    """How far the stream moves from the end of one layer to the end of another.
+
+    Args:
+        model: the transformer.
+        input_ids: `[B,T]` token ids, or a captured stream (resid_pre and final), then not run
+            again.
+        layer_idx1: the layer whose resid_post is a; an int in [-L, L) or a traced scalar.
+        layer_idx2: the layer whose resid_post is b.
+        mask: `[B,T]`, with token ids.
+        check: also check the values of arrays that are on an accelerator.
+
+    Returns:
+        Movement of `[B,T]` arrays: `|b - a| / |a|`, cosine, and angle in radians; zero at padding.
+
+    Reference:
+        `residual_movement` of Arrakis; Gromov et al. 2024 for the angle.
+    """
+    n_layers = model.config.n_layers
+    first = checked_layer(layer_idx1, n_layers, name="layer_idx1")
+    second = checked_layer(layer_idx2, n_layers, name="layer_idx2")
+    stream = stream_of(input_ids)
+    if stream is not None:
+        stream.need("resid_pre", "final", all_layers=True)
+        return _between(stream.resid_pre, stream.final, first, second)
+    tokens, mask = checked_tokens(model.config, input_ids, mask, check=check, name="input_ids")
+    return _run_between(model, tokens, mask, first, second)
+
+
+@jax.jit
+def _between(resid_pre, final, first, second):
+    last = resid_pre.shape[0] - 1
+
+    def resid_post(layer: Array) -> Array:
+        following = jax.lax.dynamic_index_in_dim(
+            resid_pre, jnp.minimum(layer + 1, last), keepdims=False
+        )
+        return jnp.where(layer == last, final, following)
+
+    return movement(resid_post(first), resid_post(second))
+
+
+@compiled()
+def _run_between(model, tokens, mask, first, second):
+    stream = model(tokens, mask=mask, capture=_POSTS).residuals
+    return _between(stream.resid_pre, stream.final, first, second)
+
+
+def movement_matrix(
+    model: Transformer,
+    tokens: Tokens | ResidualStream | ModelOutput,
+    *,
+    mask: Mask | None = None,
+    check: bool = False,
+) -> MovementMatrix:
+    """The movement between all pairs of stream points.
+
+    The P points are resid_pre and resid_mid of every layer (resid_pre only in attention-only
+    models, where resid_mid is the next resid_pre) and final.
+
+    Args:
+        model: the transformer.
+        tokens: `[B,T]` token ids, or a captured stream (resid_pre, resid_mid and final).
+        mask: `[B,T]`, with token ids.
+        check: also check the values of arrays that are on an accelerator.
+
+    Returns:
+        `[P,P,B,T]` arrays, from the first axis' point to the second's, and the points' names;
+        zero at padding.
+    """
+    stream = stream_of(tokens)
+    if stream is not None:
+        stream.need(*_POINTS.fields, all_layers=True)
+        return _matrix(model, stream)
+    tokens, mask = checked_tokens(model.config, tokens, mask, check=check)
+    return _run_matrix(model, tokens, mask)
+
+
+@compiled()
+def _run_matrix(model, tokens, mask):
+    return _all_pairs(model, model(tokens, mask=mask, capture=_POINTS).residuals)
+
+
+@compiled()
+def _matrix(model, stream):
+    return _all_pairs(model, stream)
+
+
+def _all_pairs(model: Transformer, stream: ResidualStream) -> MovementMatrix:
+    names = ("resid_pre", "resid_mid") if model.config.d_mlp else ("resid_pre",)
+    stacks = jnp.stack([getattr(stream, name) for name in names], axis=1)
+    points = jnp.concatenate([stacks.reshape(-1, *stacks.shape[2:]), stream.final[None]])
+    # One row of pairs at a time: only one array of the points' own size exists beside them.
+    pairs = jax.lax.map(lambda a: movement(jnp.broadcast_to(a, points.shape), points), points)
+    labels = [(name, layer) for layer in range(model.config.n_layers) for name in names]
+    return MovementMatrix(
+        relative_norm=pairs.relative_norm,
+        cosine=pairs.cosine,
+        angle=pairs.angle,
+        points=(*labels, ("final", None)),
+    )

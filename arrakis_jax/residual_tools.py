@@ -1,0 +1,108 @@
+"""The three tools bound to a model, with the signatures of Arrakis' Residual Tools."""
+
+from typing import Any
+
+from arrakis_jax.attribution.features import Attribution, feature_attribution
+from arrakis_jax.checks import Ids
+from arrakis_jax.decomposition.residual import ResidualDecomposition, residual_decomposition
+from arrakis_jax.errors import expected
+from arrakis_jax.forward import run, stream_of
+from arrakis_jax.movement.layers import Movement, residual_movement
+from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.residuals import Capture, ModelOutput, ResidualStream
+from arrakis_jax.tokens import encode, token_id
+
+_LAYER = Capture(("resid_pre", "attn_out", "mlp_out"))
+
+
+class ResidualTools:
+    """`residual_decomposition`, `residual_movement` and `feature_attribution` of one model.
+
+    Holds nothing but the model and a tokenizer; a second instance compiles nothing again.
+
+    Example:
+        >>> tools = ResidualTools(*demo_model())
+        >>> tools.residual_movement("When Mary and John went to the store,", 0, -1).angle.shape
+        (1, 10)
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Any = None):
+        """Binds a model, and a tokenizer if text is to be accepted."""
+        self.model = model
+        self.tokenizer = tokenizer
+
+    def residual_decomposition(
+        self, activations: Any, layer_idx: int, **options: Any
+    ) -> ResidualDecomposition:
+        """What entered a layer and what it added; also from token ids, or text with a tokenizer.
+
+        Args:
+            activations: a ResidualStream or ModelOutput, `[B,T]` token ids, or text.
+            layer_idx: an int in [-L, L), or a traced scalar.
+            **options: with token ids, those of `run`: `mask`, `edits`, `check`.
+        """
+        if stream_of(activations) is None:
+            tokens, options = self._tokens("activations", activations, options)
+            activations = run(self.model, tokens, capture=_LAYER, **options)
+        elif options:
+            do = "they belong to the forward, which has been run"
+            raise TypeError(expected("options", "none with a stream", sorted(options), do))
+        return residual_decomposition(activations, layer_idx)
+
+    def residual_movement(
+        self,
+        input_ids: Any | ResidualStream | ModelOutput,
+        layer_idx1: int,
+        layer_idx2: int,
+        **options: Any,
+    ) -> Movement:
+        """How far the stream moves from the end of one layer to the end of another.
+
+        Args:
+            input_ids: `[B,T]` token ids, text, or a captured stream.
+            layer_idx1: the first layer.
+            layer_idx2: the second layer.
+            **options: those of the function `residual_movement`: `mask`, `check`.
+        """
+        tokens, options = self._tokens("input_ids", input_ids, options)
+        return residual_movement(self.model, tokens, layer_idx1, layer_idx2, **options)
+
+    def feature_attribution(
+        self, input_ids: Any, target_ids: Ids | str, **options: Any
+    ) -> Attribution:
+        """Which input tokens caused the logit of a target.
+
+        Args:
+            input_ids: `[B,T]` token ids, or text.
+            target_ids: token ids, or a token as text.
+            **options: those of the function `feature_attribution`: `method`, `against`, `mask`...
+        """
+        tokens, options = self._tokens("input_ids", input_ids, options)
+        for name in {"against"} & options.keys():
+            options[name] = self._id(options[name])
+        return feature_attribution(self.model, tokens, self._id(target_ids), **options)
+
+    def _tokens(self, name: str, given: Any, options: dict) -> tuple[Any, dict]:
+        texts = isinstance(given, str) or (
+            isinstance(given, list | tuple) and bool(given) and isinstance(given[0], str)
+        )
+        if not texts:
+            return given, dict(options)
+        if self.tokenizer is None:
+            do = "or build ResidualTools(model, tokenizer)"
+            raise TypeError(expected(name, "token ids without a tokenizer", "text", do))
+        if "mask" in options:
+            do = "text makes its own mask"
+            raise TypeError(expected("mask", "left out with text", options["mask"], do))
+        tokens, mask = encode(self.tokenizer, given)
+        return tokens, {**options, "mask": mask}
+
+    def _id(self, given: Any) -> Any:
+        if isinstance(given, str):
+            if self.tokenizer is None:
+                do = "or build ResidualTools(model, tokenizer)"
+                raise TypeError(expected("target_ids", "ids without a tokenizer", "text", do))
+            return token_id(self.tokenizer, given)
+        if isinstance(given, list | tuple) and given and isinstance(given[0], str):
+            return [self._id(text) for text in given]
+        return given
