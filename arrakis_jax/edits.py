@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.axes import Array, Bool, Int
+from arrakis_jax.axes import Array, Int
 from arrakis_jax.errors import expected
 from arrakis_jax.residuals import FIELDS, UNSTACKED
 

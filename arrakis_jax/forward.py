@@ -149,5 +149,3 @@ def stream_of(source: Any) -> ResidualStream | None:
     if isinstance(source, ModelOutput):
         return source.residuals
     return source if isinstance(source, ResidualStream) else None
-
-

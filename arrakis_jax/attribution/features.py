@@ -192,17 +192,13 @@ class _Path:
             baseline = jnp.mean(model.w_e[...].astype(model.config.acc), 0)
         real = Places.of(self.tokens.shape, self.mask).real[..., None]
         b_BTD = jnp.where(real, baseline, 0)
-        ends = [
-            target_value(model, x + pos_BTD, self.mask, self.target)[0] for x in (b_BTD, e_BTD)
-        ]
+        ends = [target_value(model, x + pos_BTD, self.mask, self.target)[0] for x in (b_BTD, e_BTD)]
         return b_BTD + pos_BTD, e_BTD - b_BTD, ends[0], ends[1]
 
     def share(self, start: Array, way: Array, alpha: Array) -> Float[Array, "B T"]:
         """`way . g` at the point `start + alpha way`."""
         x_BTD = start + alpha * way
-        _, gradients, _ = tapped_gradients(
-            self.model, x_BTD, self.mask, self.target, ("embed",)
-        )
+        _, gradients, _ = tapped_gradients(self.model, x_BTD, self.mask, self.target, ("embed",))
         return jnp.sum(gradients["embed"] * way, -1)
 
     def result(

@@ -82,9 +82,7 @@ def target_value(
 ) -> tuple[Float[Array, " B"], ResidualStream]:
     """The target of each row from the embedded stream, unembedding only the tokens it reads."""
     fields = tuple({*capture, "final"})
-    stream = model.after_embedding(
-        x_BTD, mask=mask, capture=Capture(fields), taps=taps
-    ).residuals
+    stream = model.after_embedding(x_BTD, mask=mask, capture=Capture(fields), taps=taps).residuals
     final_BD = stream.at(target.position[:, None]).final[:, 0]
     y_BD = model.final_norm(final_BD)
     value = contract("BD,BD->B", y_BD, target.direction(model)) + target.offset(model)
@@ -108,9 +106,7 @@ def tapped_gradients(
         value, stream = target_value(model, x_BTD, mask, target, taps=taps, capture=capture)
         return value.sum(), (value, stream)
 
-    gradients, (value, stream) = jax.grad(total, has_aux=True)(
-        _zeros(model, x_BTD, mask, sites)
-    )
+    gradients, (value, stream) = jax.grad(total, has_aux=True)(_zeros(model, x_BTD, mask, sites))
     return value, gradients, stream
 
 
@@ -180,6 +176,4 @@ def _residual_gradients(model, tokens, mask, target, *, sites):
         "attn_out": gradients["resid_mid"],
         "mlp_out": jnp.concatenate([resid_pre[1:], final[None]])[: config.n_layers],
     }
-    return ResidualStream(
-        **{name: every[name] for name in sites}, tokens=tokens, mask=stream.mask
-    )
+    return ResidualStream(**{name: every[name] for name in sites}, tokens=tokens, mask=stream.mask)

@@ -110,9 +110,7 @@ class Decomposition:
             return first
         layers = max(values.shape[0] for values in layered)
         # The last layer's MLP is not written yet at resid_mid: zeros, cut off below.
-        padded = [
-            jnp.pad(v, [(0, layers - v.shape[0])] + [(0, 0)] * (v.ndim - 1)) for v in layered
-        ]
+        padded = [jnp.pad(v, [(0, layers - v.shape[0])] + [(0, 0)] * (v.ndim - 1)) for v in layered]
         joined = jnp.concatenate(padded, axis=1)
         joined = joined.reshape(-1, *joined.shape[2:])
         return jnp.concatenate([first, joined])[: len(self.labels)]

@@ -1,6 +1,7 @@
 """What wrote a logit: every term's share, through the final norm with its scale as it was."""
 
 from dataclasses import dataclass, field
+
 import jax
 import jax.numpy as jnp
 
