@@ -7,4 +7,9 @@ V vocabulary, E expert, C component of a decomposition, P stream point, N anythi
 
 from jaxtyping import Array, Bool, Float, Int
 
-__all__ = ["Array", "Bool", "Float", "Int"]
+__all__ = ["Array", "Bool", "Float", "Int", "over"]
+
+
+def over(value: Array, like: Array) -> Array:
+    """`value` with axes of size one in front, to broadcast over those of `like`."""
+    return value[(None,) * (like.ndim - value.ndim)]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from arrakis_jax.axes import Array, Bool, Int
+from arrakis_jax.axes import Array, Bool, Int, over
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,19 @@ class Places:
         """Which keys each query may read: real ones, up to itself."""
         t = self.position.shape[-1]
         causal_TS = jnp.tril(jnp.ones((t, t), bool))
-        return causal_TS[None] if self.mask is None else causal_TS & self.mask[..., None, :]
+        if self.mask is None:
+            return causal_TS[None]
+        keys = self.mask[..., None, :]
+        return over(causal_TS, keys) & keys
+
+    def number(self, wanted: Int[Array, "... N"]) -> Int[Array, "... N"]:
+        """Positions counted from each row's first real token; negative ones from its end."""
+        count = self.count[..., None]
+        wanted = over(wanted, count)
+        return jnp.where(wanted < 0, wanted + count, wanted)
 
     def find(self, wanted: Int[Array, "... N"]) -> tuple[Int[Array, "... N"], Bool[Array, "... N"]]:
         """The indices on the T axis of positions counted in real tokens, and which exist."""
-        wanted = jnp.where(wanted < 0, wanted + self.count[..., None], wanted)
+        wanted = self.number(wanted)
         hit_NT = (self.position[..., None, :] == wanted[..., None]) & self.real[..., None, :]
         return jnp.argmax(hit_NT, -1), hit_NT.any(-1)

@@ -14,7 +14,7 @@ from arrakis_jax.attribution.gradients import (
     tapped_gradients,
     target_value,
 )
-from arrakis_jax.axes import Array, Float, Int
+from arrakis_jax.axes import Array, Float, Int, over
 from arrakis_jax.checks import Ids, Mask, Tokens, checked_choice, checked_tokens, host
 from arrakis_jax.errors import expected
 from arrakis_jax.forward import compiled
@@ -191,7 +191,7 @@ class _Path:
         if baseline is None:
             baseline = jnp.mean(model.w_e[...].astype(model.config.acc), 0)
         real = Places.of(self.tokens.shape, self.mask).real[..., None]
-        b_BTD = jnp.where(real, baseline, 0)
+        b_BTD = jnp.where(real, over(baseline, real), 0)
         ends = [target_value(model, x + pos_BTD, self.mask, self.target)[0] for x in (b_BTD, e_BTD)]
         return b_BTD + pos_BTD, e_BTD - b_BTD, ends[0], ends[1]
 

@@ -257,9 +257,7 @@ def located(
     positions = stream.positions if positions is None else positions
     if positions is None:
         return stream, places.position
-    wanted = jnp.array(positions, int)
-    number = jnp.where(wanted < 0, wanted + places.count[..., None], wanted)
-    return stream.at(positions), number
+    return stream.at(positions), places.number(jnp.array(positions, int))
 
 
 def factors(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.axes import Array, Float
+from arrakis_jax.axes import Array, Float, over
 from arrakis_jax.checks import (
     Ids,
     Mask,
@@ -141,7 +141,7 @@ def _attribute(model, stream, position, targets, against, *, by, column):
     if column is not None:
         stream, number = located(stream, (column,))
     elif position is not None:
-        number = jnp.where(position < 0, position + stream.mask.sum(-1), position)[..., None]
+        number = Places.of(stream.mask.shape, stream.mask).number(position[..., None])
         stream = stream.at(position[..., None])
     else:
         stream, number = located(stream, None)
@@ -156,7 +156,7 @@ def _run_and_attribute(model, tokens, mask, position, targets, against, *, by):
     at, number = None, places.position
     if position is not None:
         at = position[:, None]
-        number = jnp.where(position < 0, position + places.count, position)
+        number = places.number(at)[:, 0]
     stream = model.after_embedding(
         model.embed(tokens, mask=mask), mask=mask, capture=Capture(capture_for(by)), at=at
     ).residuals
@@ -199,7 +199,7 @@ def logit_direction(model: Transformer, u: Float[Array, "... D"]) -> tuple[Array
     """The stream direction `r` and the constant with `norm(x) . u = x . r / s + constant`."""
     if model.norm_final is None:
         return u, jnp.zeros(u.shape[:-1], u.dtype)
-    r = model.norm_final.centre(u * model.norm_final.w[...].astype(u.dtype))
+    r = model.norm_final.centre(u * over(model.norm_final.w[...].astype(u.dtype), u))
     if model.norm_final.b is None:
         return r, jnp.zeros(u.shape[:-1], u.dtype)
     return r, contract("...D,D->...", u, model.norm_final.b[...])

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from arrakis_jax.axes import Array
+from arrakis_jax.axes import Array, over
 from arrakis_jax.config import ModelConfig
 
 
@@ -31,7 +31,7 @@ def product(spec: str, *operands: Array, config: ModelConfig) -> Array:
 def affine(spec: str, x: Array, w: nnx.Param, b: nnx.Param | None, config: ModelConfig) -> Array:
     """`x w + b`, or `x w` where the model has no such bias."""
     y = product(spec, x, w[...], config=config)
-    return y if b is None else y + b[...].astype(y.dtype)
+    return y if b is None else y + over(b[...].astype(y.dtype), y)
 
 
 def precision(config: ModelConfig) -> str | None:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from arrakis_jax.axes import Array
+from arrakis_jax.axes import Array, over
 from arrakis_jax.config import ModelConfig
 from arrakis_jax.nn.linear import constant
 from arrakis_jax.nn.site import Sites
@@ -27,8 +27,8 @@ class Norm(nnx.Module):
         square_BT = jnp.mean(jnp.square(x_BTD), -1) + self.config.norm_eps
         # One at padding before the root too: its slope at zero is infinite.
         s_BT = site(name, jnp.sqrt(site.at_real(square_BT, at_padding=1.0)), at_padding=1.0)
-        y_BTD = x_BTD / s_BT[..., None] * self.w[...].astype(self.config.acc)
-        return y_BTD if self.b is None else y_BTD + self.b[...].astype(self.config.acc)
+        y_BTD = x_BTD / s_BT[..., None] * over(self.w[...].astype(self.config.acc), x_BTD)
+        return y_BTD if self.b is None else y_BTD + over(self.b[...].astype(y_BTD.dtype), y_BTD)
 
     def centre(self, x: Array) -> Array:
         """`x` minus its mean (LayerNorm), or `x` (RMSNorm)."""

@@ -6,7 +6,7 @@ Su et al. 2021, RoFormer; the scaling as in Hugging Face's modeling_rope_utils.
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.axes import Array, Float, Int
+from arrakis_jax.axes import Array, Float, Int, over
 from arrakis_jax.config import ModelConfig
 
 
@@ -27,7 +27,8 @@ def rotation(
 ) -> tuple[Float[Array, "B T K2"], Float[Array, "B T K2"]]:
     """Cosines and sines of every position's angles, in at least float32."""
     frequency = jnp.asarray(frequencies(config), config.acc)
-    angle = position_BT[..., None].astype(config.acc) * frequency
+    angle = position_BT[..., None].astype(config.acc)
+    angle = angle * over(frequency, angle)
     return jnp.cos(angle), jnp.sin(angle)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from arrakis_jax.axes import Array, Bool, Float, Int
+from arrakis_jax.axes import Array, Bool, Float, Int, over
 from arrakis_jax.config import ModelConfig
 from arrakis_jax.edits import Edit
 from arrakis_jax.errors import expected
@@ -295,7 +295,7 @@ class Transformer(nnx.Module):
         else:
             logits = product("BTD,DV->BTV", y_BND, self.w_u[...], config=self.config)
         if self.b_u is not None:
-            logits = logits + self.b_u[...].astype(logits.dtype)
+            logits = logits + over(self.b_u[...].astype(logits.dtype), logits)
         real = site.mask if site.index is None else site.valid
         return logits if real is None else jnp.where(real[..., None], logits, 0)
 

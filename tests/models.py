@@ -1,0 +1,84 @@
+"""Small models for tests: every parameter random, sizes unequal, in every supported shape."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from arrakis_jax import ModelConfig, RopeScaling, Transformer
+
+BASE = dict(
+    n_layers=3, d_model=20, n_heads=6, n_kv_heads=3, d_head=4, d_mlp=28, vocab_size=31,
+    norm="rmsnorm", norm_eps=1e-5, positions="rope", max_positions=40, rope_theta=100.0,
+    activation="silu", gated=True,
+)  # fmt: skip
+
+LLAMA3 = RopeScaling(
+    factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=16
+)
+NO_ROPE = dict(positions="learned", rope_theta=None)
+BIASES = dict(qkv_bias=True, out_bias=True, mlp_bias=True)
+GPT2 = dict(norm="layernorm", gated=False, activation="gelu_tanh", n_kv_heads=6, **NO_ROPE, **BIASES)
+
+VARIANTS = {
+    "llama": {},
+    "llama3": dict(rope_scaling=LLAMA3, **BIASES),
+    "tied": dict(tied=True, activation="gelu"),
+    "gpt2": dict(tied=True, scale_by_inverse_layer=True, **GPT2),
+    "unembed_bias": dict(unembed_bias=True, attention_scale=0.3, **GPT2),
+    "no_norm": dict(norm=None, norm_eps=None),
+    "attention_only": dict(d_mlp=0, gated=False, activation="identity", out_bias=True),
+    "bilinear": dict(activation="identity"),
+    "relu": dict(activation="relu", gated=False, positions=None, rope_theta=None),
+    "one_layer": dict(n_layers=1),
+}
+
+
+def config(variant: str = "llama", **changes) -> ModelConfig:
+    return ModelConfig(**BASE | VARIANTS[variant] | changes)
+
+
+def randomised(model: Transformer, seed: int = 0) -> Transformer:
+    """Matrices of std 1.7 / sqrt(D), gains 1 +- 0.3, biases 0.3: no default hides a bug."""
+    rng = np.random.default_rng(seed)
+    paths, structure = jax.tree_util.tree_flatten_with_path(model)
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        value = rng.normal(size=leaf.shape)
+        if "norm" in name and ".w." in name:
+            value = 1 + 0.3 * value
+        elif ".b_" in name or ".b." in name or name.startswith("b_"):
+            value = 0.3 * value
+        else:
+            value = 1.7 / np.sqrt(model.config.d_model) * value
+        return jnp.asarray(value, leaf.dtype)
+
+    return jax.tree.unflatten(structure, [draw(*item) for item in paths])
+
+
+def model(variant: str = "llama", *, seed: int = 0, **changes) -> Transformer:
+    made = Transformer(config(variant, **changes), rngs=nnx.Rngs(seed))
+    return randomised(made, seed)
+
+
+def batch(seed: int = 0, vocab: int = 31, lengths=(7, 9, 4, 1, 6), side: str = "left"):
+    """Prompts of unequal length in one batch, with garbage at padding: tokens, mask, prompts."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(vocab, size=n) for n in lengths]
+    width = max(lengths) + 2
+    tokens = rng.integers(-5, 10 * vocab, size=(len(lengths), width))
+    mask = np.zeros(tokens.shape, bool)
+    for b, prompt in enumerate(prompts):
+        free = width - len(prompt)
+        if side == "left":
+            where = np.arange(free, width)
+        elif side == "right":
+            where = np.arange(len(prompt))
+        elif side == "both":
+            where = np.arange(free // 2, free // 2 + len(prompt))
+        else:
+            where = np.sort(rng.choice(width, len(prompt), replace=False))
+        tokens[b, where] = prompt
+        mask[b, where] = True
+    return tokens, mask, prompts

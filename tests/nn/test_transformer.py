@@ -1,0 +1,320 @@
+"""The forward: identities, padding, capture, taps, edits, resume; parity is in tests/families."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arrakis_jax import (
+    Add,
+    Capture,
+    NotCapturedError,
+    Project,
+    Replace,
+    Scale,
+    Set,
+    resume,
+    run,
+)
+from arrakis_jax.residuals import FIELDS, SCALES, UNSTACKED
+from tests.models import VARIANTS, batch, config, model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_write_is_added_to_the_stream(variant):
+    m = model(variant)
+    tokens, mask, _ = batch()
+    r = run(m, tokens, mask=mask).residuals
+    np.testing.assert_array_equal(r.resid_pre + r.attn_out, r.resid_mid)
+    post = r.resid_mid if r.mlp_out is None else r.resid_mid + r.mlp_out
+    np.testing.assert_array_equal(post, r.resid_post)
+    np.testing.assert_array_equal(r.embed, r.resid_pre[0])
+    z = run(m, tokens, mask=mask, capture=("z",)).residuals.z
+    heads = jnp.einsum("LBTHK,LHKD->LBTD", z, m.blocks.attn.w_o[...], precision="highest")
+    if m.blocks.attn.b_o is not None:
+        heads = heads + m.blocks.attn.b_o[...][:, None, None] * mask[None, ..., None]
+    np.testing.assert_allclose(heads, r.attn_out, atol=2e-6 * np.abs(heads).max())
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both", "holes"])
+@pytest.mark.parametrize("variant", ["llama", "llama3", "gpt2", "attention_only", "no_norm"])
+def test_padding_changes_nothing(variant, side, x64):
+    m = model(variant, dtype="float64")
+    tokens, mask, prompts = batch(side=side)
+    padded = run(m, tokens, mask=mask, capture="all")
+    for b, prompt in enumerate(prompts):
+        alone = run(m, prompt[None], capture="all")
+        for name in ("logits", *FIELDS):
+            source = padded if name == "logits" else padded.residuals
+            whole = getattr(source, name)
+            if whole is None:
+                continue
+            row = whole[b] if name in (*UNSTACKED, "logits") else whole[:, b]
+            single = getattr(alone if name == "logits" else alone.residuals, name)
+            single = single[0] if name in (*UNSTACKED, "logits") else single[:, 0]
+            where = np.flatnonzero(mask[b])
+            axis = row.ndim - {"q": 3, "k": 3, "v": 3, "z": 3}.get(name, 2)
+            axis = row.ndim - 1 if name in SCALES else axis
+            picked = np.take(row, where, axis)
+            rest = np.delete(row, where, axis)
+            if name == "pattern":
+                assert not np.delete(picked, where, -1).any()
+                picked = np.take(picked, where, -1)
+            np.testing.assert_allclose(picked, single, atol=1e-10, err_msg=name)
+            np.testing.assert_array_equal(rest, 1.0 if name in SCALES else 0.0, err_msg=name)
+
+
+def test_garbage_and_nan_stay_in_their_row():
+    m = model()
+    tokens, mask, _ = batch()
+    other = np.where(mask, tokens, 10**6)
+    np.testing.assert_array_equal(
+        run(m, tokens, mask=mask).logits, run(m, other, mask=mask).logits
+    )
+    bad = np.where(mask, tokens, 0)
+    bad[1, -1] = 31
+    logits = jax.jit(lambda m, t: m(t, mask=mask).logits)(m, bad)
+    assert np.isnan(logits[1, -1]).all()
+    assert np.isfinite(np.delete(logits, 1, 0)).all()
+
+
+def test_later_tokens_do_not_reach_earlier_ones(x64):
+    m = model(dtype="float64")
+    tokens = np.arange(8)[None]
+    gradient = jax.jacobian(lambda x: m.after_embedding(x).logits[0, 3])(m.embed(tokens))
+    assert np.abs(gradient[:, 0, :4]).max(axis=(0, 2)).all()
+    assert not gradient[:, 0, 4:].any()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_jit_and_vmap_equal_the_plain_forward(variant):
+    m = model(variant)
+    tokens = np.random.default_rng(0).integers(31, size=(3, 6))
+    plain = m(jnp.asarray(tokens), capture="all")
+    jitted = run(m, tokens, capture="all")
+    rows = jax.vmap(lambda row: m(row[None], capture="all"))(jnp.asarray(tokens))
+    with jax.disable_jit():  # the layers unrolled
+        unrolled = m(jnp.asarray(tokens), capture="all")
+    for other in (jitted, unrolled):
+        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
+    np.testing.assert_allclose(rows.logits[:, 0], plain.logits, atol=2e-5)
+
+
+def test_capture_selects_fields_layers_and_positions():
+    m = model("gpt2")
+    tokens, mask, _ = batch()
+    whole = run(m, tokens, mask=mask, capture="all")
+    out = run(m, tokens, mask=mask, capture=("z", "final"))
+    assert out.logits is None and out.residuals.attn_out is None
+    np.testing.assert_array_equal(out.residuals.z, whole.residuals.z)
+    chosen = Capture(("logits", "resid_pre", "pattern", "z"), layers=(-1, 0), positions=(-1, 2))
+    part = run(m, tokens, mask=mask, capture=chosen)
+    r = part.residuals
+    assert r.layers == (0, 2) and r.positions == (-1, 2)
+    assert r.resid_pre.shape == (2, 5, 2, 20) and r.pattern.shape == (2, 5, 6, 2, 11)
+    for b in range(5):
+        where = np.flatnonzero(mask[b])
+        last = where[-1]
+        np.testing.assert_allclose(r.resid_pre[1, b, 0], whole.residuals.resid_pre[2, b, last])
+        np.testing.assert_allclose(r.pattern[0, b, :, 0], whole.residuals.pattern[0, b, :, last])
+        np.testing.assert_allclose(part.logits[b, 0], whole.logits[b, last], atol=1e-5)
+        if len(where) > 2:
+            np.testing.assert_allclose(r.z[0, b, 1], whole.residuals.z[0, b, where[2]])
+        else:
+            assert not r.z[:, b, 1].any() and not part.logits[b, 1].any()
+    with pytest.raises(NotCapturedError, match="must be captured at all layers, got only"):
+        r.need("resid_pre", all_layers=True)
+    with pytest.raises(NotCapturedError, match="must be captured with .*mlp_out"):
+        r.need("mlp_out")
+
+
+@pytest.mark.parametrize("start", range(-3, 4))
+def test_resume_equals_the_full_forward(start):
+    m = model()
+    tokens, mask, _ = batch()
+    out = run(m, tokens, mask=mask)
+    points = [*out.residuals.resid_pre, out.residuals.final]
+    x = points[start if start >= 0 else start + 3]
+    static = resume(m, x, start, mask=mask)
+    traced = jax.jit(lambda m, x, s: resume(m, x, s, mask=mask))(m, x, start)
+    for again in (static, traced):
+        np.testing.assert_allclose(again.logits, out.logits, atol=1e-5)
+        np.testing.assert_allclose(again.residuals.final, out.residuals.final, atol=1e-5)
+
+
+def test_resume_static_has_a_gradient_and_traced_a_tangent():
+    m = model()
+    x = run(m, np.arange(6)[None]).residuals.resid_pre[1]
+    gradient = jax.grad(lambda x: resume(m, x, 1).logits[0, -1, 3])(x)
+    tangent = jax.jvp(lambda x: resume(m, x, jnp.asarray(1)).logits[0, -1, 3], (x,), (x,))[1]
+    np.testing.assert_allclose(jnp.vdot(gradient, x), tangent, rtol=1e-4)
+
+
+def test_taps_are_added_at_their_site():
+    m = model()
+    tokens, mask, _ = batch()
+    rng = np.random.default_rng(1)
+    out = run(m, tokens, mask=mask, capture="all")
+    for name in set(FIELDS) - set(SCALES):
+        plain = getattr(out.residuals, name)
+        tap = jnp.asarray(rng.normal(size=plain.shape), plain.dtype)
+        if name in UNSTACKED:
+            edited = run(m, tokens, mask=mask, edits=Add(name, tap)).logits
+        else:
+            edits = tuple(Add(name, tap[i], layer=i) for i in range(3))
+            edited = run(m, tokens, mask=mask, edits=edits).logits
+        tapped = jax.jit(lambda m, taps: m(tokens, mask=mask, taps=taps).logits)(m, {name: tap})
+        np.testing.assert_allclose(tapped, edited, atol=1e-4, err_msg=name)
+        assert np.abs(tapped - out.logits).max() > 0.1, name
+
+
+class TestEdits:
+    tokens, mask, prompts = batch()
+
+    def go(self, *edits, capture="all"):
+        return run(self.model, self.tokens, mask=self.mask, edits=edits, capture=capture)
+
+    @pytest.fixture(autouse=True)
+    def _model(self):
+        self.model = model("gpt2")
+        self.plain = run(self.model, self.tokens, mask=self.mask, capture="all")
+
+    def test_set_a_head(self):
+        z = self.go(Set("z", 0.0, layer=1, head=2)).residuals.z
+        plain = self.plain.residuals.z
+        assert not z[1, :, :, 2].any()
+        np.testing.assert_array_equal(z[0], plain[0])
+        np.testing.assert_array_equal(np.delete(z[1], 2, 2), np.delete(plain[1], 2, 2))
+        assert np.abs(z[2] - plain[2]).max() > 1e-3
+
+    def test_set_at_a_position_counted_in_real_tokens(self):
+        value = np.arange(20.0)
+        pre = self.go(Set("resid_pre", value, layer=-1, position=-1)).residuals.resid_pre
+        for b in range(5):
+            where = np.flatnonzero(self.mask[b])
+            np.testing.assert_array_equal(pre[2, b, where[-1]], value)
+            np.testing.assert_array_equal(
+                np.delete(pre[2, b], where[-1], 0),
+                np.delete(self.plain.residuals.resid_pre[2, b], where[-1], 0),
+            )
+
+    def test_scale_and_add(self):
+        r = self.go(Scale("attn_out", 2.0, layer=0), Add("attn_out", np.ones(20), layer=0))
+        expected = 2 * self.plain.residuals.attn_out[0] + 1
+        expected = np.where(self.mask[..., None], expected, 0)
+        np.testing.assert_allclose(r.residuals.attn_out[0], expected, atol=1e-5)
+
+    def test_project_leaves_the_complement(self):
+        directions = np.random.default_rng(0).normal(size=(2, 20))
+        final = self.go(Project("final", directions)).residuals.final
+        np.testing.assert_allclose(final @ directions.T, 0, atol=1e-4)
+        basis = np.linalg.qr(directions.T)[0]
+        plain = self.plain.residuals.final
+        np.testing.assert_allclose(final, plain - plain @ basis @ basis.T, atol=1e-4)
+
+    def test_replace_by_itself_changes_nothing_and_by_another_run_patches(self):
+        same = self.go(Replace("resid_mid", self.plain.residuals.resid_mid))
+        np.testing.assert_allclose(same.logits, self.plain.logits, atol=1e-5)
+        other = run(self.model, (self.tokens + 1) % 31, mask=self.mask).residuals
+        whole = self.go(Replace("resid_post", jnp.stack(list(other.resid_post)), layer=1))
+        np.testing.assert_allclose(whole.residuals.resid_pre[2], other.resid_pre[2], atol=1e-6)
+
+    def test_a_function_is_an_edit(self):
+        def double(site, layer, value):
+            return jnp.where(layer == 1, 2 * value, value) if site == "mlp_out" else value
+
+        edited = self.go(double)
+        same = self.go(Scale("mlp_out", 2.0, layer=1))
+        np.testing.assert_allclose(edited.logits, same.logits, atol=1e-6)
+
+    def test_a_sweep_over_layers_and_heads_is_one_vmap(self):
+        def effect(layer, head):
+            return run(
+                self.model, self.tokens, mask=self.mask, capture=("logits",),
+                edits=Set("z", 0.0, layer=layer, head=head),
+            ).logits  # fmt: skip
+
+        sweep = jax.vmap(jax.vmap(effect, (None, 0)), (0, None))(jnp.arange(3), jnp.arange(6))
+        for layer, head in ((0, 0), (2, 5), (1, 3)):
+            one = effect(layer, head)
+            np.testing.assert_allclose(sweep[layer, head], one, atol=1e-5)
+
+    def test_new_values_do_not_recompile(self):
+        self.go(Set("z", 0.0, layer=1, head=2))
+        with jax.log_compiles(False):
+            from arrakis_jax.forward import _run
+
+            del _run
+        import jax._src.test_util as jtu
+
+        with jtu.count_jit_and_pmap_lowerings() as count:
+            self.go(Set("z", 1.0, layer=2, head=0))
+        assert count() == 0
+
+    @pytest.mark.parametrize(
+        ("edit", "error", "message"),
+        [
+            (Set("nowhere", 0.0), ValueError, "`site` must be one of .* got 'nowhere'"),
+            (Set("z", 0.0, layer=3), IndexError, r"`layer` must be in \[-3, 3\), got 3"),
+            (Set("z", 0.0, head=6), IndexError, r"`head` must be in \[0, 6\), got 6"),
+            (Set("mlp_out", 0.0, head=0), ValueError, "`head` must be None at site 'mlp_out', got"),
+            ("ablate", TypeError, "`edits` must be made of edits, got"),
+        ],
+    )
+    def test_bad_edits(self, edit, error, message):
+        with pytest.raises(error, match=message):
+            self.go(edit)
+
+
+def test_every_field_of_the_config_is_read():
+    """Changing a field changes the shapes or the logits."""
+    rich = config("gpt2", tied=False, unembed_bias=True)
+    rope = config("llama3")
+    changes = {
+        rich: dict(
+            n_layers=2, d_model=21, n_heads=7, d_head=5, d_mlp=29, vocab_size=33, norm="rmsnorm",
+            norm_eps=1e-2, positions=None, max_positions=41, attention_scale=0.1,
+            scale_by_inverse_layer=False, qkv_bias=False, out_bias=False, activation="relu",
+            gated=True, mlp_bias=False, tied=True, unembed_bias=False, dtype="bfloat16",
+        ),
+        rope: dict(n_kv_heads=2, rope_theta=50.0, rope_scaling=None),
+    }  # fmt: skip
+    seen = set()
+
+    def outcome(c):
+        from flax import nnx
+
+        from arrakis_jax import Transformer
+        from tests.models import randomised
+
+        m = randomised(Transformer(c, rngs=nnx.Rngs(0)))
+        shapes = [(a.shape, str(a.dtype)) for a in jax.tree.leaves(m)]
+        return shapes, np.asarray(run(m, np.arange(20)[None]).logits)
+
+    for start, fields in changes.items():
+        shapes, logits = outcome(start)
+        for field, value in fields.items():
+            extra = {"n_kv_heads": 7} if field == "n_heads" else {}
+            new_shapes, new_logits = outcome(dataclasses.replace(start, **{field: value}, **extra))
+            assert new_shapes != shapes or np.abs(new_logits - logits).max() > 1e-4, field
+            seen.add(field)
+    read_elsewhere = {"matmul_precision"}  # by the test of the jaxpr
+    assert seen | read_elsewhere == {f.name for f in dataclasses.fields(rich)}
+
+
+def test_no_layers_is_a_bigram_model(x64):
+    """G5: with W_E = I and W_U = log P the output is the row of P, to rounding."""
+    rng = np.random.default_rng(0)
+    table = rng.dirichlet(np.ones(7), size=7)
+    m = model(
+        n_layers=0, d_model=7, vocab_size=7, d_mlp=0, gated=False, activation="identity",
+        norm=None, norm_eps=None, positions=None, rope_theta=None, dtype="float64",
+    )  # fmt: skip
+    m.w_e[...] = jnp.eye(7)
+    m.w_u[...] = jnp.log(table)
+    tokens = rng.integers(7, size=(2, 5))
+    logits = run(m, tokens).logits
+    np.testing.assert_allclose(jax.nn.softmax(logits), table[tokens], atol=1e-12)
