@@ -1,5 +1,8 @@
 """Small models for tests: every parameter random, sizes unequal, in every supported shape."""
 
+import logging
+from contextlib import contextmanager
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,3 +85,33 @@ def batch(seed: int = 0, vocab: int = 31, lengths=(7, 9, 4, 1, 6), side: str = "
         tokens[b, where] = prompt
         mask[b, where] = True
     return tokens, mask, prompts
+
+
+def close(a, b, tolerance: float, message: str = "") -> None:
+    """Asserts max|a - b| <= tolerance * max|b|."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape, (a.shape, b.shape)
+    error, scale = np.abs(a - b).max(initial=0), np.abs(b).max(initial=0)
+    assert error <= tolerance * scale, f"{message} {error:.3g} > {tolerance} * {scale:.3g}"
+
+
+@contextmanager
+def compilations():
+    """A list that receives the name of every program compiled inside."""
+    names: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            message = record.getMessage()
+            if message.startswith("Compiling"):
+                names.append(message.split()[1])
+
+    logger, handler = logging.getLogger("jax._src.interpreters.pxla"), Handler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield names
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from arrakis_jax import (
     Add,
@@ -15,11 +16,12 @@ from arrakis_jax import (
     Replace,
     Scale,
     Set,
+    Transformer,
     resume,
     run,
 )
 from arrakis_jax.residuals import FIELDS, SCALES, UNSTACKED
-from tests.models import VARIANTS, batch, config, model
+from tests.models import VARIANTS, batch, close, compilations, config, model, randomised
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -51,8 +53,9 @@ def test_padding_changes_nothing(variant, side, x64):
             whole = getattr(source, name)
             if whole is None:
                 continue
+            whole = np.asarray(whole)
             row = whole[b] if name in (*UNSTACKED, "logits") else whole[:, b]
-            single = getattr(alone if name == "logits" else alone.residuals, name)
+            single = np.asarray(getattr(alone if name == "logits" else alone.residuals, name))
             single = single[0] if name in (*UNSTACKED, "logits") else single[:, 0]
             where = np.flatnonzero(mask[b])
             axis = row.ndim - {"q": 3, "k": 3, "v": 3, "z": 3}.get(name, 2)
@@ -63,7 +66,7 @@ def test_padding_changes_nothing(variant, side, x64):
                 assert not np.delete(picked, where, -1).any()
                 picked = np.take(picked, where, -1)
             np.testing.assert_allclose(picked, single, atol=1e-10, err_msg=name)
-            np.testing.assert_array_equal(rest, 1.0 if name in SCALES else 0.0, err_msg=name)
+            assert (rest == float(name in SCALES)).all(), name
 
 
 def test_garbage_and_nan_stay_in_their_row():
@@ -88,19 +91,19 @@ def test_later_tokens_do_not_reach_earlier_ones(x64):
     assert not gradient[:, 0, 4:].any()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_jit_and_vmap_equal_the_plain_forward(variant):
-    m = model(variant)
-    tokens = np.random.default_rng(0).integers(31, size=(3, 6))
-    plain = m(jnp.asarray(tokens), capture="all")
+@pytest.mark.parametrize("variant", ["llama3", "gpt2", "attention_only"])
+def test_jit_and_vmap_equal_the_plain_forward(variant, x64):
+    m = model(variant, dtype="float64")
+    tokens = jnp.asarray(np.random.default_rng(0).integers(31, size=(3, 6)))
+    plain = m(tokens, capture="all")
     jitted = run(m, tokens, capture="all")
-    rows = jax.vmap(lambda row: m(row[None], capture="all"))(jnp.asarray(tokens))
     with jax.disable_jit():  # the layers unrolled
-        unrolled = m(jnp.asarray(tokens), capture="all")
+        unrolled = m(tokens, capture="all")
     for other in (jitted, unrolled):
-        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
-            np.testing.assert_allclose(a, b, atol=2e-5)
-    np.testing.assert_allclose(rows.logits[:, 0], plain.logits, atol=2e-5)
+        for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(plain), strict=True):
+            close(a, b, 1e-12)
+    rows = jax.vmap(lambda row: m(row[None]).logits)(tokens)
+    close(rows[:, 0], plain.logits, 1e-12)
 
 
 def test_capture_selects_fields_layers_and_positions():
@@ -244,15 +247,9 @@ class TestEdits:
 
     def test_new_values_do_not_recompile(self):
         self.go(Set("z", 0.0, layer=1, head=2))
-        with jax.log_compiles(False):
-            from arrakis_jax.forward import _run
-
-            del _run
-        import jax._src.test_util as jtu
-
-        with jtu.count_jit_and_pmap_lowerings() as count:
+        with compilations() as compiled:
             self.go(Set("z", 1.0, layer=2, head=0))
-        assert count() == 0
+        assert compiled == []
 
     @pytest.mark.parametrize(
         ("edit", "error", "message"),
@@ -285,11 +282,6 @@ def test_every_field_of_the_config_is_read():
     seen = set()
 
     def outcome(c):
-        from flax import nnx
-
-        from arrakis_jax import Transformer
-        from tests.models import randomised
-
         m = randomised(Transformer(c, rngs=nnx.Rngs(0)))
         shapes = [(a.shape, str(a.dtype)) for a in jax.tree.leaves(m)]
         return shapes, np.asarray(run(m, np.arange(20)[None]).logits)

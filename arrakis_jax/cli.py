@@ -1,0 +1,221 @@
+"""The command line: `arrakis-jax analyze` and `arrakis-jax info`."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from arrakis_jax.attribution.features import feature_attribution
+from arrakis_jax.checkpoint import from_pretrained
+from arrakis_jax.decomposition.direct import capture_for
+from arrakis_jax.decomposition.readout import LogitAttribution, logit_attribution
+from arrakis_jax.demo import FOLDER
+from arrakis_jax.errors import expected
+from arrakis_jax.forward import run
+from arrakis_jax.movement.layers import movement
+from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.tokens import encode, token_id, tokenizer_for
+
+SENTENCE = "When Mary and John went to the store, John gave a drink to"
+
+app = typer.Typer(
+    help="Takes the residual stream of a transformer apart.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def analyze(
+    text: Annotated[str, typer.Argument(help="the prompt")] = SENTENCE,
+    model: Annotated[
+        str | None, typer.Option(help="a checkpoint's folder or hub id  [default: the shipped model]")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="a token, such as ' Mary'  [default: the prediction]")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="a token  [default: the likeliest other one]")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="also write the numbers to this file")
+    ] = None,
+) -> None:
+    """Explains a model's next token: what wrote its logit, how the stream moved, which inputs."""
+    with _one_line_errors():
+        if not text.strip():
+            raise ValueError(expected("text", "a text of at least one token", repr(text), "see -h"))
+        if json_file is not None and not json_file.absolute().parent.is_dir():
+            must, do = "a file in an existing folder", "make the folder first"
+            raise ValueError(expected("--json", must, repr(str(json_file)), do))
+        _use_compilation_cache()
+        source = FOLDER if model is None else model
+        network = from_pretrained(source)
+        result = analysis(network, tokenizer_for(source), text, target, against)
+        if json_file is not None:
+            json_file.write_text(json.dumps(result, indent=1) + "\n")
+    _print(result, Console())
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="a checkpoint's folder or hub id")],
+) -> None:
+    """Loads a checkpoint and describes it."""
+    with _one_line_errors():
+        network = from_pretrained(model)
+    leaves = jax.tree.leaves(network)
+    table = Table(title=str(model), show_header=False)
+    table.add_row("parameters", f"{sum(leaf.size for leaf in leaves):,}")
+    table.add_row("bytes", f"{sum(leaf.nbytes for leaf in leaves):,}")
+    for field in fields(network.config):
+        table.add_row(field.name, str(getattr(network.config, field.name)))
+    Console().print(table)
+
+
+def analysis(
+    model: Transformer, tokenizer: Any, text: str, target: str | None, against: str | None
+) -> dict[str, Any]:
+    """The numbers that `analyze` prints, as JSON can hold them."""
+    tokens, mask = encode(tokenizer, text)
+    fields_needed = {*capture_for("component"), *capture_for("head"), "resid_pre", "logits"}
+    out = run(model, tokens, mask=mask, capture=tuple(sorted(fields_needed)))
+    order = np.argsort(-np.asarray(out.logits[0, -1]), stable=True)
+    goal = int(order[0]) if target is None else token_id(tokenizer, target)
+    if against is None:
+        rival = int(order[0] if order[0] != goal else order[1])
+    else:
+        rival = token_id(tokenizer, against)
+    if goal == rival:
+        do = "choose two different tokens"
+        raise ValueError(expected("--against", "another token than --target", repr(against), do))
+
+    def attribute(by: str) -> LogitAttribution:
+        return logit_attribution(model, out, goal, against=rival, by=by)
+
+    components, heads = attribute("component"), attribute("head")
+    inputs = feature_attribution(
+        model, tokens, goal, against=rival, mask=mask, method="integrated_gradients"
+    )
+    stream = out.residuals
+    moved = movement(stream.resid_pre[:, 0, -1], stream.resid_post[:, 0, -1])
+    return {
+        "text": text,
+        "prediction": tokenizer.decode([int(order[0])]),
+        "target": tokenizer.decode([goal]),
+        "against": tokenizer.decode([rival]),
+        "logit_difference": float(components.logit[0]),
+        "constant": float(components.constant[0]),
+        "gap": float(components.gap[0]),
+        "components": _terms(components),
+        "heads": [term for term in _terms(heads) if term["kind"] == "head"],
+        "movement": [
+            {
+                "layer": layer,
+                "relative_norm": float(moved.relative_norm[layer]),
+                "cosine": float(moved.cosine[layer]),
+                "angle": float(moved.angle[layer]),
+            }
+            for layer in range(model.config.n_layers)
+        ],
+        "tokens": [
+            {"token": tokenizer.decode([int(token)]), "value": float(value)}
+            for token, value in zip(tokens[0], inputs.tokens[0], strict=True)
+        ],
+    }
+
+
+def _terms(attribution: LogitAttribution) -> list[dict[str, Any]]:
+    values = np.asarray(attribution.terms[:, 0], float)
+    return [
+        {"layer": label.layer, "kind": label.kind, "index": label.index, "value": float(value)}
+        for label, value in zip(attribution.labels, values, strict=True)
+    ]
+
+
+def _print(result: dict[str, Any], console: Console) -> None:
+    console.print(f"[bold]{_literal(result['text'])}[/] →{_literal(result['prediction'])}")
+    difference = result["logit_difference"]
+    console.print(
+        f"logit of {result['target']!r} less that of {result['against']!r}: {difference:+.3f}\n"
+    )
+    total = sum(term["value"] for term in result["components"]) + result["constant"]
+    table = _table("What writes the difference", "component", "logits")
+    for term in result["components"]:
+        table.add_row(_name(term), *_bar(term["value"], result["components"]))
+    table.add_row("constant", f"{result['constant']:+.3f}", "")
+    table.add_section()
+    table.add_row("sum", f"{total:+.3f}", f"the model's own {difference:+.3f}")
+    console.print(table)
+
+    table = _table("The ten heads that write most of it", "head", "logits")
+    for term in sorted(result["heads"], key=lambda term: -abs(term["value"]))[:10]:
+        table.add_row(_name(term), *_bar(term["value"], result["heads"]))
+    console.print(table)
+
+    table = Table(title="How far the stream moves at the last token")
+    for heading in ("layer", "|change| / |stream|", "cosine", "angle (rad)"):
+        table.add_column(heading, justify="right")
+    for row in result["movement"]:
+        numbers = (row["relative_norm"], row["cosine"], row["angle"])
+        table.add_row(str(row["layer"]), *(f"{number:.3f}" for number in numbers))
+    console.print(table)
+
+    table = _table("Which input tokens caused it (integrated gradients)", "token", "logits")
+    for row in result["tokens"]:
+        table.add_row(repr(row["token"]), *_bar(row["value"], result["tokens"]))
+    console.print(table)
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title)
+    table.add_column(headings[0])
+    table.add_column(headings[1], justify="right")
+    table.add_column("", width=24)
+    return table
+
+
+def _bar(value: float, among: list[dict[str, Any]]) -> tuple[str, str]:
+    """A value, and a bar on the scale of the largest."""
+    largest = max((abs(other["value"]) for other in among), default=0) or 1
+    length = round(24 * abs(value) / largest)
+    return f"{value:+.3f}", f"[{'green' if value > 0 else 'red'}]{'━' * length}[/]"
+
+
+def _name(term: dict[str, Any]) -> str:
+    if term["layer"] is None:
+        return term["kind"]
+    index = "" if term["index"] is None else f" {term['index']}"
+    return f"layer {term['layer']} {term['kind']}{index}"
+
+
+def _literal(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs between calls, where the user has not said where."""
+    if jax.config.jax_compilation_cache_dir is None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "arrakis_jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Wrong input ends in one line and exit code 2, not in a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, IndexError, OSError) as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from None

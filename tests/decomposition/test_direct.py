@@ -1,0 +1,198 @@
+"""decompose, residual_decomposition: the terms sum to the stream at every point."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arrakis_jax import (
+    Capture,
+    Label,
+    NotCapturedError,
+    capture_for,
+    decompose,
+    residual_decomposition,
+    run,
+)
+from tests.models import VARIANTS, batch, close, model
+
+
+def relative(terms, x):
+    """max|sum - x| over the largest sum of absolute terms (the rule for identities)."""
+    terms = np.asarray(terms, np.float64)
+    return np.abs(terms.sum(0) - np.asarray(x)).max() / np.abs(terms).sum(0).max()
+
+
+def points(r, n_layers):
+    yield "final", r.final
+    for layer in range(n_layers):
+        yield ("resid_pre", layer), r.resid_pre[layer]
+        yield ("resid_mid", layer - n_layers), r.resid_mid[layer]
+        yield ("resid_post", layer), r.resid_post[layer]
+
+
+@pytest.mark.parametrize("by", ["component", "head"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_terms_sum_to_every_stream_point(variant, by):
+    m = model(variant)
+    tokens, mask, _ = batch()
+    out = run(m, tokens, mask=mask, capture="all")
+    for at, x in points(out.residuals, m.config.n_layers):
+        parts = decompose(m, out, at=at, by=by)
+        assert parts.terms.shape == (len(parts.labels), *x.shape)
+        assert relative(parts.terms, x) < 1e-6, at
+    assert not np.asarray(parts.terms)[:, ~mask].any()
+
+
+@pytest.mark.parametrize("by", ["component", "head"])
+@pytest.mark.parametrize("variant", ["llama3", "gpt2", "unembed_bias"])
+def test_terms_sum_in_float64(variant, by, x64):
+    m = model(variant, dtype="float64")
+    tokens, mask, _ = batch()
+    out = run(m, tokens, mask=mask, capture="all")
+    for at, x in points(out.residuals, 3):
+        assert relative(decompose(m, out, at=at, by=by).terms, x) < 1e-12
+
+
+def test_a_dropped_bias_would_be_seen():
+    m = model("gpt2")
+    out = run(m, np.arange(6)[None], capture="all")
+    parts = decompose(m, out, by="head")
+    without = [i for i, label in enumerate(parts.labels) if label.kind != "attn_bias"]
+    assert relative(parts.terms[np.array(without)], out.residuals.final) > 1e-2
+
+
+def test_terms_are_what_their_labels_say():
+    m = model("gpt2")
+    tokens, mask, _ = batch()
+    out = run(m, tokens, mask=mask, capture="all")
+    r = out.residuals
+    parts = decompose(m, out, by="component")
+    assert list(parts.labels)[:4] == [
+        Label(None, "embed"), Label(None, "pos"), Label(0, "attn"), Label(0, "mlp"),
+    ]  # fmt: skip
+    embedded = np.where(mask[..., None], m.w_e[...][np.where(mask, tokens, 0)], 0)
+    close(parts.terms[0], embedded, 1e-6)
+    for label, term in zip(parts.labels, parts.terms, strict=True):
+        if label.layer is not None:
+            field = {"attn": r.attn_out, "mlp": r.mlp_out}[label.kind]
+            np.testing.assert_array_equal(term, field[label.layer])
+    heads = decompose(m, out, by="head")
+    term = heads.terms[list(heads.labels).index(Label(1, "head", 4))]
+    by_hand = np.asarray(r.z[1, :, :, 4]) @ np.asarray(m.blocks.attn.w_o[...][1, 4])
+    close(term, by_hand, 1e-5)
+    assert len(heads.labels) == 2 + 3 * (6 + 1 + 1)
+    assert heads.labels[-1] == Label(2, "mlp") and heads.labels[1:3][1] == Label(0, "head", 0)
+    with pytest.raises(IndexError, match="must be in .* got 26"):
+        heads.labels[26]
+
+
+def test_projections_and_norms_never_expand_and_equal_the_expanded():
+    m = model("gpt2")
+    tokens, mask, _ = batch()
+    out = run(m, tokens, mask=mask, capture="all")
+    directions = np.random.default_rng(0).normal(size=(4, 20)).astype(np.float32)
+    for by in ("component", "head"):
+        parts = decompose(m, out, by=by)
+        terms = np.asarray(parts.terms)
+        close(parts.project(directions), terms @ directions.T, 1e-5)
+        close(parts.norms(), np.linalg.norm(terms, axis=-1), 1e-5)
+        value, index = parts.top(3)
+        norms = np.linalg.norm(terms, axis=-1)
+        close(value, -np.sort(-norms, axis=0)[:3], 1e-5)
+        close(np.take_along_axis(norms, np.asarray(index), 0), value, 1e-5)
+    with pytest.raises(ValueError, match=r"`byte_limit` must be at least the \d+ bytes .* got 100"):
+        parts.expand(byte_limit=100)
+    with pytest.raises(ValueError, match=r"`directions` must be `\[N,20\]`, got shape \(20,\)"):
+        parts.project(directions[0])
+    with pytest.raises(ValueError, match=r"`k` must be in \[1, 26\], got 27"):
+        parts.top(27)
+
+
+def test_from_tokens_from_a_stream_and_from_a_part_of_it():
+    m = model("gpt2")
+    tokens, mask, _ = batch()
+    whole = decompose(m, run(m, tokens, mask=mask, capture="all"), by="head").terms
+    np.testing.assert_allclose(decompose(m, tokens, mask=mask, by="head").terms, whole, atol=1e-5)
+    lean = run(m, tokens, mask=mask, capture=capture_for("head"))
+    np.testing.assert_allclose(decompose(m, lean, by="head").terms, whole, atol=1e-5)
+    some = decompose(m, lean, by="head", positions=(-1, 0)).terms
+    few = run(m, tokens, mask=mask, capture=Capture(capture_for("head"), positions=(-1, 0)))
+    again = decompose(m, few, by="head").terms
+    first = decompose(m, few, by="head", positions=(0,)).terms
+    for b in range(5):
+        where = np.flatnonzero(mask[b])
+        for terms in (some, again):
+            np.testing.assert_allclose(terms[:, b, 0], whole[:, b, where[-1]], atol=1e-5)
+            np.testing.assert_allclose(terms[:, b, 1], whole[:, b, where[0]], atol=1e-5)
+        np.testing.assert_allclose(first[:, b, 0], whole[:, b, where[0]], atol=1e-5)
+    chosen = decompose(m, lean, by="head", layers=(-1,))
+    assert {label.layer for label in chosen.labels} == {None, 2}
+    np.testing.assert_allclose(chosen.terms[2:], whole[-8:], atol=1e-5)
+    np.testing.assert_allclose(
+        decompose(m, lean, layer=-2, by="head").terms,
+        decompose(m, lean, at=("resid_post", 1), by="head").terms,
+    )
+
+
+def test_jit_vmap_and_grad():
+    m = model("gpt2")
+    tokens, mask, _ = batch()
+    out = run(m, tokens, mask=mask, capture="all")
+    whole = decompose(m, out, by="head").norms()
+    jitted = jax.jit(lambda m, r: decompose(m, r, by="head").norms())(m, out.residuals)
+    close(jitted, whole, 1e-6)
+    rows = jax.vmap(
+        lambda r: decompose(m, r, by="head").norms(), in_axes=(out.residuals.batch_axes(),)
+    )(out.residuals)
+    close(np.moveaxis(rows, 0, 1), whole, 1e-6)
+    close(decompose(m, out.residuals.example(2), by="head").norms(), whole[:, 2], 1e-6)
+    gradient = jax.grad(lambda m: decompose(m, tokens, mask=mask, by="head").norms().sum())(m)
+    assert np.isfinite(gradient.w_e[...]).all() and np.abs(gradient.w_e[...]).max() > 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_residual_decomposition_sums_exactly(variant):
+    m = model(variant)
+    tokens, mask, _ = batch()
+    out = run(m, tokens, mask=mask)
+    n = m.config.n_layers
+    for layer in range(-n, n):
+        d = residual_decomposition(out, layer)
+        np.testing.assert_array_equal(d.from_prev, out.residuals.resid_pre[layer])
+        np.testing.assert_array_equal(
+            d.from_prev + d.from_attn + d.from_mlp + d.from_norm, out.residuals.resid_post[layer]
+        )
+
+
+def test_residual_decomposition_takes_a_traced_layer_and_a_single_example():
+    m = model()
+    tokens, mask, _ = batch()
+    r = run(m, tokens, mask=mask).residuals
+    all_layers = jax.vmap(lambda i: residual_decomposition(r, i).from_mlp)(jnp.arange(-3, 0))
+    np.testing.assert_array_equal(all_layers, r.mlp_out)
+    one = jax.vmap(lambda e: residual_decomposition(e, 1).from_attn, (r.batch_axes(),))(r)
+    np.testing.assert_array_equal(one, r.attn_out[1])
+    part = run(m, tokens, mask=mask, capture=Capture(("resid_pre", "attn_out", "mlp_out"), (1,)))
+    np.testing.assert_array_equal(residual_decomposition(part, 1).from_attn, r.attn_out[1])
+    with pytest.raises(NotCapturedError, match="`layer_idx` must be one of the layers captured"):
+        residual_decomposition(part, 0)
+
+
+def test_bad_input():
+    m = model()
+    out = run(m, np.arange(4)[None])
+    for call, error, message in [
+        (lambda: residual_decomposition(out, 3), IndexError, r"must be in \[-3, 3\), got 3"),
+        (lambda: residual_decomposition(out, -4), IndexError, r"must be in \[-3, 3\), got -4"),
+        (lambda: residual_decomposition(out, 1.0), TypeError, "must be an integer, got 1.0"),
+        (lambda: residual_decomposition([[1]], 0), TypeError, "must be a ResidualStream .* got"),
+        (lambda: decompose(m, out, by="neurone"), ValueError, "`by` must be one of .* got"),
+        (lambda: decompose(m, out, at="start"), ValueError, "`at` must be 'final' or .* got"),
+        (lambda: decompose(m, out, layer=3), IndexError, r"must be in \[-3, 3\), got 3"),
+        (lambda: decompose(m, out, layers=(5,)), IndexError, r"must be in \[-3, 3\), got 5"),
+        (lambda: decompose(m, out, by="head"), NotCapturedError, r"must be captured with \['z'\]"),
+        (lambda: capture_for("x"), ValueError, "`by` must be one of .* got 'x'"),
+    ]:
+        with pytest.raises(error, match=message):
+            call()
