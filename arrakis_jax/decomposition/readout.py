@@ -185,9 +185,9 @@ def attribution(
         b_u = model.b_u[...].astype(config.acc)
         bias = b_u[targets] - (0 if against is None else b_u[against])
     r, offset = logit_direction(model, u)
-    scale = 1 if config.norm is None else stream.norm_final_scale
+    scale = jnp.ones_like(r[..., 0]) if config.norm is None else stream.norm_final_scale
     logit = contract("...D,...D->...", model.final_norm(stream.final), u) + bias
-    terms = jnp.where(stream.mask, parts.along(r) / scale, 0)
+    terms = jnp.where(stream.mask[None], parts.along(r) / scale[None], 0)
     constant, logit = (jnp.where(stream.mask, x, 0) for x in (offset + bias, logit))
     gap = ratio(jnp.abs(terms.sum(0) + constant - logit), jnp.abs(terms).sum(0))
     return LogitAttribution(

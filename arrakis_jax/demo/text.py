@@ -1,7 +1,7 @@
 """The text that the shipped model is trained on: seeded, made from short lists.
 
 Indirect-object sentences, subject-verb agreement, and repeated random sequences. A fifth of the
-pairs of names, and whole opening and closing clauses, are held out of training.
+pairs of names, of the opening clauses and of the closing clauses are held out of training.
 """
 
 import zlib
@@ -27,55 +27,40 @@ OBJECTS = (
 ADJECTIVES = "old red small new green big blue clean heavy broken".split()
 
 # N and M are the two names in order of mention, P a place, Q another, O an object.
-OPENINGS = (
-    "When N and M went to the P,",
-    "When N and M arrived at the P,",
-    "After N and M went to the P,",
-    "After N and M left the P,",
-    "While N and M were at the P,",
-    "While N and M were working at the P,",
-    "As N and M walked to the P,",
-    "Once N and M were at the P,",
-    "Because N and M met at the P,",
-    "Then, N and M went to the P.",
-    "Then, N and M had a long day at the P.",
-    "One day N and M walked to the P.",
-    "Yesterday N and M met near the P.",
-    "N and M were working at the P.",
-    "N and M went to the P and then to the Q.",
-    "Friends N and M found a O at the P.",
-    "It was late when N and M left the P.",
-    "The P was old, but N and M went to the P.",
-)
-HELD_OUT_OPENINGS = (
-    "After N and M arrived at the P,",
-    "Then, N and M met near the P.",
-    "While N and M walked to the P,",
-    "One day N and M were working at the P.",
-    "Yesterday N and M left the P and then the Q.",
+STARTS = ("When", "After", "While", "As", "Once", "Because", "Then,", "One day", "Yesterday", "")
+EVENTS = (
+    "N and M went to the P",
+    "N and M arrived at the P",
+    "N and M left the P",
+    "N and M were at the P",
+    "N and M were working at the P",
+    "N and M walked to the P",
+    "N and M met near the P",
+    "N and M had a long day at the P",
+    "N and M went to the P and then to the Q",
+    "N and M left the P and then the Q",
+    "friends N and M found a O at the P",
 )
 # S is the name mentioned again; the other one follows.
-CLOSINGS = (
-    "S gave a O to",
-    "S gave the O to",
-    "S handed a O to",
-    "S passed the O to",
-    "S wanted to give a O to",
-    "S wanted to show the O to",
-    "S decided to pass a O to",
-    "S decided to offer the O to",
-    "S sent a O to",
-    "S showed the O to",
-    "S said a few words to",
-    "S brought a new O to",
-    "S happily gave the old O to",
-)
-HELD_OUT_CLOSINGS = (
-    "S wanted to pass the O to",
-    "S decided to give a O to",
-    "S handed the O to",
-    "S happily sent a new O to",
-)
+ACTS = (
+    "gave", "handed", "passed", "offered", "sent", "showed", "happily gave", "wanted to give",
+    "wanted to show", "decided to pass", "decided to offer", "said a few words about",
+)  # fmt: skip
+GIFTS = ("a O", "the O", "the old O", "a new O")
+
+
+def is_held_out(*parts: str) -> bool:
+    """Whether this combination is kept out of training: a fifth are, chosen by a checksum."""
+    return zlib.crc32(" ".join(parts).encode()) % 5 == 0
+
+
+def _templates(firsts: tuple[str, ...], seconds: tuple[str, ...], *, held_out: bool) -> list[str]:
+    pairs = [(first, second) for first in firsts for second in seconds]
+    return [f"{a} {b}".strip() for a, b in pairs if is_held_out(a, b) == held_out]
+
+
+OPENINGS = {held: _templates(STARTS, EVENTS, held_out=held) for held in (False, True)}
+CLOSINGS = {held: _templates(ACTS, GIFTS, held_out=held) for held in (False, True)}
 
 
 @dataclass(frozen=True)
@@ -85,11 +70,6 @@ class Prompt:
     text: str
     answer: str
     other: str
-
-
-def is_held_out(first: str, second: str) -> bool:
-    """Whether this unordered pair of names is kept out of training: a fifth are."""
-    return zlib.crc32(" ".join(sorted((first, second))).encode()) % 5 == 0
 
 
 def indirect_object(rng: np.random.Generator, *, order: str, held_out: bool) -> Prompt:
@@ -102,16 +82,18 @@ def indirect_object(rng: np.random.Generator, *, order: str, held_out: bool) -> 
     """
     while True:
         first, second = rng.choice(NAMES, 2, replace=False)
-        if is_held_out(first, second) == held_out:
+        if is_held_out(*sorted((first, second))) == held_out:
             break
     subject, answer = (second, first) if order == "ABBA" else (first, second)
-    opening = rng.choice(HELD_OUT_OPENINGS if held_out else OPENINGS)
-    closing = rng.choice(HELD_OUT_CLOSINGS if held_out else CLOSINGS)
+    opening, closing = rng.choice(OPENINGS[held_out]), rng.choice(CLOSINGS[held_out])
+    opening = opening[0].upper() + opening[1:]
+    end = "," if opening.split()[0] in STARTS[:6] else "."
     place, another = rng.choice(PLACES, 2, replace=False)
     found, given = rng.choice(OBJECTS, 2, replace=False)
     filled = {"N": first, "M": second, "S": subject, "P": place, "Q": another}
-    text = f"{_fill(opening, filled | {'O': found})} {_fill(closing, filled | {'O': given})}"
-    return Prompt(text, f" {answer}", f" {subject}")
+    before = _fill(opening + end, filled | {"O": found})
+    after = _fill(f"S {closing} to", filled | {"O": given})
+    return Prompt(f"{before} {after}", f" {answer}", f" {subject}")
 
 
 def agreement(rng: np.random.Generator) -> Prompt:
@@ -144,7 +126,7 @@ def repeated(rng: np.random.Generator, ids: np.ndarray, length: int) -> np.ndarr
 
 def words() -> list[str]:
     """Every word of the text, for the tokenizer."""
-    clauses = (*OPENINGS, *HELD_OUT_OPENINGS, *CLOSINGS, *HELD_OUT_CLOSINGS)
+    clauses = (*STARTS, *EVENTS, *ACTS, *GIFTS, "Friends to")
     found = {w.strip(",.") for clause in clauses for w in clause.split()}
     plain = {w for w in found if len(w) > 1 or w == "a"}
     nouns = {_number(noun, plural) for noun in OBJECTS[:20] for plural in (0, 1)}

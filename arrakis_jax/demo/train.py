@@ -29,7 +29,7 @@ from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.tokens import tokenizer_for
 
 BOS = "<bos>"
-WIDTH, BATCH = 64, 64
+WIDTH, BATCH = 64, 32
 
 
 def build_tokenizer(folder: Path) -> None:
@@ -107,7 +107,7 @@ def train(config: ModelConfig, tokenizer: Any, steps: int, seed: int) -> Transfo
     optimiser = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05)
     )
-    corpus = text_rows(rng, tokenizer, min(steps * BATCH // 2, 12_000))
+    corpus = text_rows(rng, tokenizer, 12_000)
 
     @jax.jit
     def step(model: Transformer, state: Any, rows: Array, weights: Array) -> tuple:
@@ -127,7 +127,7 @@ def train(config: ModelConfig, tokenizer: Any, steps: int, seed: int) -> Transfo
 def main(
     out: Annotated[Path, typer.Option(help="folder to write")] = FOLDER,
     seed: int = 0,
-    steps: int = 2500,
+    steps: int = 6000,
 ) -> None:
     """Builds the tokenizer, trains, measures and writes."""
     began = time.monotonic()
@@ -139,8 +139,8 @@ def main(
         "hidden_size": 128,
         "intermediate_size": 256,
         "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
         "max_position_embeddings": 128,
         "rms_norm_eps": 1e-5,
         "bos_token_id": tokenizer.bos_token_id,

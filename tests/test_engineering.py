@@ -1,0 +1,210 @@
+"""Cost, compilation, precision, export, and the two entries for bfloat16 on CPU."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import export
+
+from arrakis_jax import (
+    Transformer,
+    config_for,
+    cpu_compiler_options,
+    decompose,
+    feature_attribution,
+    logit_attribution,
+    movement_matrix,
+    residual_decomposition,
+    residual_gradients,
+    residual_movement,
+    resume,
+    run,
+)
+from tests.models import batch, close, model
+
+TOKENS, MASK, _ = batch(lengths=(6, 4))
+TOKENS = np.where(MASK, TOKENS, 0)
+
+
+def movement_of(m, t, k):
+    return residual_movement(m, t, 0, -1, mask=k)
+
+
+TOOLS = {
+    "run": lambda m, t, k: run(m, t, mask=k, capture="all"),
+    "resume": lambda m, t, k: resume(m, m.embed(t, mask=k), 1, mask=k),
+    "decompose": lambda m, t, k: decompose(m, t, mask=k, by="head").norms(),
+    "residual_decomposition": lambda m, t, k: residual_decomposition(run(m, t, mask=k), 1),
+    "logit_attribution": lambda m, t, k: logit_attribution(m, t, 3, mask=k, by="head"),
+    "logit_attribution_everywhere": lambda m, t, k: logit_attribution(
+        m, t, 3, mask=k, by="component", position=None
+    ),
+    "residual_movement": movement_of,
+    "movement_matrix": lambda m, t, k: movement_matrix(m, t, mask=k),
+    "residual_gradients": lambda m, t, k: residual_gradients(m, t, 3, mask=k, capture="all"),
+    "saliency": lambda m, t, k: feature_attribution(m, t, 3, mask=k, method="saliency"),
+    "grad_x_input": lambda m, t, k: feature_attribution(m, t, 3, mask=k),
+    "integrated_gradients": lambda m, t, k: feature_attribution(
+        m, t, 3, mask=k, method="integrated_gradients", steps=4
+    ),
+    "integrated_gradients_doubling": lambda m, t, k: feature_attribution(
+        m, t, 3, mask=k, method="integrated_gradients"
+    ),
+}
+
+
+def dots(jaxpr, times=1):
+    """Every dot_general in a jaxpr, with how often it is run."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn, times
+        inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
+        for value in jax.tree.leaves(
+            tuple(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
+        ):
+            if hasattr(value, "jaxpr"):
+                value = value.jaxpr
+            if hasattr(value, "eqns"):
+                yield from dots(value, inner)
+
+
+def flops(function, *args):
+    total = 0
+    for eqn, times in dots(jax.make_jaxpr(function)(*args).jaxpr):
+        left, _ = (v.aval.shape for v in eqn.invars)
+        contracted = math.prod(left[i] for i in eqn.params["dimension_numbers"][0][0])
+        total += 2 * times * contracted * math.prod(eqn.outvars[0].aval.shape)
+    return total
+
+
+@functools.cache
+def gpt2_small():
+    return nnx.eval_shape(lambda: Transformer(config_for("gpt2"), rngs=nnx.Rngs(0)))
+
+
+def test_gradients_at_every_site_cost_two_forwards():
+    """At GPT-2 small shape, 8 x 128 tokens; neither side unembeds the vocabulary."""
+    m, tokens = gpt2_small(), jax.ShapeDtypeStruct((8, 128), jnp.int32)
+    forward = flops(lambda m, t: m(t, capture=("resid_pre", "resid_mid", "final")), m, tokens)
+    by_hand = 12 * 8 * 128 * (24 * 768**2 + 4 * 128 * 768)
+    assert forward == by_hand
+    gradients = flops(lambda m, t: residual_gradients(m, t, 3, against=4), m, tokens)
+    assert 1.9 < gradients / forward <= 2.1
+    features = flops(lambda m, t: feature_attribution(m, t, 3, against=4), m, tokens)
+    assert features / forward <= 2.1
+
+
+def test_head_attribution_costs_one_forward():
+    m, tokens = gpt2_small(), jax.ShapeDtypeStruct((8, 128), jnp.int32)
+    forward = flops(lambda m, t: m(t, capture=("final",)), m, tokens)
+    last = flops(lambda m, t: logit_attribution(m, t, 3, by="head"), m, tokens)
+    everywhere = flops(
+        lambda m, t: logit_attribution(m, t, t, by="head", position=None), m, tokens
+    )
+    assert last / forward < 1.01 and everywhere / forward < 1.1
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_float32_product_is_at_the_configs_precision(tool):
+    m = model("gpt2")
+    found = list(dots(jax.make_jaxpr(TOOLS[tool])(m, TOKENS, MASK).jaxpr))
+    for eqn, _ in found:
+        precision = eqn.params["precision"]
+        highest = (jax.lax.Precision.HIGHEST,) * 2
+        assert precision in (jax.lax.Precision.HIGHEST, highest), eqn
+    if tool == "run":
+        low = model("gpt2", matmul_precision="default")
+        eqns = list(dots(jax.make_jaxpr(TOOLS[tool])(low, TOKENS, MASK).jaxpr))
+        assert {str(eqn.params["precision"]) for eqn, _ in eqns} == {
+            str((jax.lax.Precision.DEFAULT,) * 2)
+        }
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_exports_for_tpu_and_cuda(tool):
+    """Lowered for accelerators on the CPU, serialised, loaded; the same numbers on the CPU."""
+    m = model("gpt2")
+    leaves, structure = jax.tree.flatten(m)
+
+    def flat(leaves, t, k):
+        return jax.tree.leaves(TOOLS[tool](jax.tree.unflatten(structure, leaves), t, k))
+
+    args = (leaves, jnp.asarray(TOKENS), jnp.asarray(MASK))
+    exported = export.export(jax.jit(flat), platforms=("cpu", "cuda", "tpu"))(*args)
+    loaded = export.deserialize(exported.serialize())
+    for a, b in zip(loaded.call(*args), flat(*args), strict=True):
+        close(a, b, 1e-4)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_bfloat16_under_jit_grad_and_scan(tool):
+    """The entry with compiler options is for the outermost call only."""
+    m = model("gpt2", dtype="bfloat16")
+
+    def total(m):
+        found = jax.tree.leaves(TOOLS[tool](m, TOKENS, MASK))
+        return sum(x.astype(jnp.float32).sum() for x in found if jnp.issubdtype(x.dtype, jnp.inexact))
+
+    outer = total(m)
+    assert np.isfinite(outer)
+    close(jax.jit(total)(m), outer, 0.1)
+    close(jax.lax.scan(lambda c, _: (c, total(m)), 0, None, length=1)[1][0], outer, 0.1)
+    if tool != "integrated_gradients_doubling":  # forward-mode only, as documented
+        assert jax.tree.leaves(jax.grad(total)(m))[0].dtype == jnp.bfloat16
+
+
+def test_bfloat16_is_close_and_its_attribution_exact():
+    m32 = model("gpt2")
+    m = model("gpt2", dtype="bfloat16")
+    out = run(m, TOKENS, mask=MASK, capture="all")
+    assert out.logits.dtype == out.residuals.resid_pre.dtype == jnp.float32
+    assert out.residuals.z.dtype == jnp.bfloat16
+    close(out.logits, run(m32, TOKENS, mask=MASK).logits, 5e-2)
+    for by in ("component", "head"):
+        assert logit_attribution(m, TOKENS, 3, by=by, mask=MASK).gap.max() < 1e-5
+
+
+def test_the_compiler_options_are_a_callers_too():
+    m = model("gpt2", dtype="bfloat16")
+    call = jax.jit(
+        lambda m, t: run(m, t, capture=("final",)).residuals.final,
+        compiler_options=cpu_compiler_options(),
+    )
+    close(call(m, TOKENS), run(m, TOKENS).residuals.final, 5e-2)
+
+
+def test_float64_is_float64_everywhere(x64):
+    m = model("llama3", dtype="float64")
+    for tool in TOOLS.values():
+        for leaf in jax.tree.leaves(tool(m, TOKENS, MASK)):
+            assert leaf.dtype in (jnp.float64, jnp.int32, jnp.int64, bool)
+
+
+def test_sharded_model_gives_the_same_numbers():
+    """Eight virtual devices: batch on `data`, heads and hidden widths on `model`."""
+    from arrakis_jax.checkpoint import partition
+
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=axes)
+    m = model("gpt2", n_heads=8, n_kv_heads=8)
+    paths, structure = jax.tree_util.tree_flatten_with_path(m)
+
+    def place(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        spec = partition(name, leaf.shape, mesh)
+        return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec))
+
+    sharded = jax.tree.unflatten(structure, [place(*item) for item in paths])
+    data = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    tokens, mask = (jax.device_put(x, data) for x in (TOKENS, MASK))
+    for tool in ("logit_attribution", "residual_gradients", "movement_matrix"):
+        for a, b in zip(
+            jax.tree.leaves(TOOLS[tool](sharded, tokens, mask)),
+            jax.tree.leaves(TOOLS[tool](m, TOKENS, MASK)),
+            strict=True,
+        ):
+            close(a, b, 1e-4)

@@ -1,0 +1,107 @@
+"""The package as a whole: what is public, what imports what, and how it is documented."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import arrakis_jax
+
+ROOT = Path(arrakis_jax.__file__).parent
+
+# A module imports only from lines above its own.
+LAYERS = (
+    ("axes", "errors"),
+    ("config", "labels", "numerics", "places"),
+    ("residuals",),
+    ("checks", "edits"),
+    ("nn",),
+    ("forward",),
+    ("families",),
+    ("checkpoint", "tokens"),
+    ("decomposition", "movement", "attribution"),
+    ("demo", "residual_tools"),
+    ("cli",),
+)
+ANALYSIS = ("decomposition", "movement", "attribution")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module != "arrakis_jax":
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def unit(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def test_imports_point_upwards():
+    line = {name: i for i, names in enumerate(LAYERS) for name in names}
+    sources = [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
+    assert {unit(path) for path in sources} == set(line)
+    wrong = []
+    for path in sources:
+        for module in imports(path):
+            if module.startswith("arrakis_jax."):
+                target = module.split(".")[1]
+                above = line[target] < line[unit(path)] or target == unit(path)
+                loading = target in ("families", "checkpoint") and unit(path) in ANALYSIS
+                if not above or loading or (unit(path) == "families" and target == "nn"):
+                    wrong.append(f"{path.relative_to(ROOT)} imports {module}")
+    assert not wrong
+
+
+def test_the_public_names_are_these():
+    assert arrakis_jax.__all__ == sorted(arrakis_jax.__all__)
+    names = {n for n, v in vars(arrakis_jax).items() if not n.startswith("_")}
+    assert set(arrakis_jax.__all__) == {n for n in names if not inspect.ismodule(getattr(arrakis_jax, n))}
+    promised = """
+        ModelConfig config_for Transformer run resume ModelOutput ResidualStream Capture capture_for
+        Set Add Scale Project Replace from_pretrained tokenizer_for encode token_id save demo_model
+        residual_decomposition decompose logit_attribution Label residual_movement Movement
+        movement_matrix feature_attribution Attribution residual_gradients ResidualTools
+        Decomposition NotCapturedError CheckpointError cpu_compiler_options
+    """.split()
+    assert set(promised) <= set(arrakis_jax.__all__)
+
+
+def test_public_names_are_documented():
+    for name in arrakis_jax.__all__:
+        thing = getattr(arrakis_jax, name)
+        text = inspect.getdoc(thing) or ""
+        assert text and not text.startswith(f"{name}("), name
+        if inspect.isfunction(thing) and len(inspect.signature(thing).parameters) > 2:
+            assert "Args:" in text, name
+
+
+def test_four_positional_arguments_at_most():
+    for name in arrakis_jax.__all__:
+        thing = getattr(arrakis_jax, name)
+        if inspect.isfunction(thing):
+            kinds = [p.kind for p in inspect.signature(thing).parameters.values()]
+            assert kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD) <= 4, name
+
+
+def test_import_is_light():
+    code = "import arrakis_jax, sys; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    for heavy in ("torch", "transformers", "orbax", "matplotlib", "typer", "tensorstore"):
+        assert not any(m == heavy or m.startswith(f"{heavy}.") for m in loaded), heavy
+
+
+def test_top_level_holds_only_what_it_should():
+    root = ROOT.parent
+    if not (root / "pyproject.toml").exists():
+        return  # installed without its sources
+    found = {path.name for path in root.iterdir() if not path.name.startswith(".")}
+    built = {"build", "dist", "arrakis_jax.egg-info"}
+    wanted = {"pyproject.toml", "README.md", "LICENSE", "arrakis_jax", "tests", "benchmarks"}
+    assert found - built <= wanted
