@@ -1,11 +1,15 @@
-"""Checkpoints: Hugging Face folders and hub ids in, the native form (Orbax) in and out."""
+"""Checkpoints: Hugging Face folders and hub ids in, native ones (Orbax) in and out.
 
-import dataclasses
+Tensors are memory-mapped and copied once, into one array per stacked parameter, which JAX then uses
+as it is: on a CPU, loading takes the size of the model in memory. Nothing here imports torch.
+"""
+
 import json
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import jax
@@ -13,23 +17,46 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from safetensors import SafetensorError, safe_open
 
+from arrakis_jax.axes import Array
 from arrakis_jax.config import ModelConfig, RopeScaling
 from arrakis_jax.errors import CheckpointError, expected
 from arrakis_jax.families import family_for
 from arrakis_jax.families.base import Family, Rule
 from arrakis_jax.nn.transformer import Transformer
 
-NATIVE = "arrakis_jax.json"
-DTYPES = ("float32", "bfloat16", "float64")
-_STORED = {"F64": "float64", "F32": "float32", "F16": "float32", "BF16": "bfloat16"}
-# The parameter's axis that the mesh axis "model" divides, counted from the right.
-_SHARDED_AXIS = {
-    "w_q": -2, "w_k": -2, "w_v": -2, "w_o": -3, "b_q": -2, "b_k": -2, "b_v": -2,
-    "w_in": -1, "w_gate": -1, "w_out": -2, "b_in": -1, "b_gate": -1, "w_e": -2, "w_u": -1, "b_u": -1,
-}  # fmt: skip
+NATIVE_CONFIG = "arrakis_jax.json"
+NATIVE_WEIGHTS = "weights"
+HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", f"{NATIVE_WEIGHTS}/*")
+STORED = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+ALIGNMENT = 64  # bytes; JAX copies a host array that is not aligned to it
+
+# The mesh axis of each axis of a parameter, without the layer axis, by the last part of its name.
+# Parameters that are not named here are whole on every device.
+SHARDED = {
+    "w_e": ("model", None),
+    "w_u": (None, "model"),
+    "b_u": ("model",),
+    "w_q": (None, "model", None),
+    "w_k": (None, "model", None),
+    "w_v": (None, "model", None),
+    "w_o": ("model", None, None),
+    "b_q": ("model", None),
+    "b_k": ("model", None),
+    "b_v": ("model", None),
+    "w_in": (None, "model"),
+    "w_gate": (None, "model"),
+    "w_out": ("model", None),
+    "b_in": ("model",),
+    "b_gate": ("model",),
+}
 
 
 def from_pretrained(
@@ -39,317 +66,391 @@ def from_pretrained(
     mesh: Mesh | None = None,
     revision: str | None = None,
 ) -> Transformer:
-    """A Transformer from a checkpoint; torch is never imported.
+    """A model from a Hugging Face checkpoint in safetensors, or from one made by `save`.
 
     Args:
-        path_or_repo_id: a folder with config.json and safetensors as Hugging Face writes them, a
-            folder written by `save`, or a hub id (fetched by huggingface_hub, whose offline mode
-            is honoured).
-        dtype: "float32", "bfloat16", or under x64 "float64"; None keeps the stored dtype (float16
-            becomes float32).
-        mesh: a mesh with an axis "model", over which heads, MLP widths and the vocabulary are
-            divided where they can be; None for the default device.
-        revision: of a hub id.
+        path_or_repo_id: a local folder, or a hub id (HF_HUB_OFFLINE is honoured).
+        dtype: "float32", "bfloat16", or "float64" under x64. By default as stored: the widest of
+            the weights' own, and float32 for float16.
+        mesh: where to put the parameters: heads, MLP units and vocabulary over its axis "model" if
+            it has one and they divide, everything else on every device.
+        revision: branch, tag or commit of a hub id.
+
+    Returns:
+        The model, its weights neither folded nor centred.
 
     Raises:
-        CheckpointError: listing everything that is wrong: an unsupported model_type or config
-            field, missing, extra or mis-shaped tensors, broken files.
+        CheckpointError: listing every tensor that is missing, left over or of another shape, and
+            every config field that is not supported.
+        ValueError: for another dtype.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(expected("dtype", f"one of {DTYPES}", repr(dtype), "choose one"))
-    folder = _folder(path_or_repo_id, revision)
-    if (folder / NATIVE).exists():
+    dtype = None if dtype is None else _checked_dtype(dtype)
+    folder = local_folder(path_or_repo_id, revision=revision)
+    if (folder / NATIVE_CONFIG).is_file():
         return _restore(folder, dtype, mesh)
-    settings = _json(folder / "config.json")
-    family = family_for(settings.get("model_type"))
-    with ExitStack() as stack:
-        tensors = _Tensors(folder, family, stack)
-        stored = dtype or tensors.stored_dtype()
-        _check_x64(stored)
-        return _fill(family, family.config(settings, stored), tensors, mesh)
+    family, config = _hf_config(folder)
+    tensors = _with_prefix(_open(folder), family)
+    plan = _plan(family, config, tensors)
+    dtype = dtype or _checked_dtype(
+        _widest({tensors[n].dtype for _, ns in plan.values() for n in ns})
+    )
+    config = replace(config, dtype=dtype)
+
+    def filled(name: str, shape: tuple[int, ...], sharding: Sharding | None) -> Array:
+        rule, names = plan[name]
+        stack = _aligned(shape, np.dtype(dtype))
+        for layer, tensor in zip(stack if "{l}" in rule.tensor else [stack], names, strict=True):
+            layer[...] = rule.part(tensors[tensor].array, name, config).reshape(layer.shape)
+        # Waiting keeps at most one array in the host's memory beside those of an accelerator.
+        return jax.block_until_ready(jax.device_put(stack, sharding))
+
+    return _assembled(config, mesh, filled)
 
 
-def _folder(path_or_repo_id: str | Path, revision: str | None) -> Path:
-    folder = Path(path_or_repo_id).expanduser()
-    if folder.is_dir():
-        return folder
-    source = str(path_or_repo_id)
-    must = "an existing folder or a hub id that can be reached"
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        raise CheckpointError(
-            expected("path_or_repo_id", must, repr(source), "there is no such folder")
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def save(model: Transformer, path: str | Path) -> None:
+    """Writes a native checkpoint, restorable by `from_pretrained`, also onto another mesh.
 
-    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "*.model"]
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        do = f"there is no such folder, and the hub gave: {str(error).splitlines()[0]}"
-        raise CheckpointError(expected("path_or_repo_id", must, repr(source), do)) from error
+    Args:
+        model: the transformer.
+        path: a folder that does not exist yet, or is empty.
 
+    Raises:
+        FileExistsError: if there is something at `path`.
+    """
+    import orbax.checkpoint as ocp
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        do = "point at a folder with config.json and *.safetensors"
-        must, got = f"a checkpoint with {path.name}", f"{str(path.parent)!r} without"
-        raise CheckpointError(expected("path_or_repo_id", must, got, do)) from None
-    except (ValueError, OSError) as error:
-        do = "fetch it again"
-        raise CheckpointError(expected(path.name, "readable JSON", str(error), do)) from error
-    if not isinstance(content, dict):
-        got, do = type(content).__name__, "fetch it again"
-        raise CheckpointError(expected(path.name, "a JSON object", got, do))
-    return content
-
-
-class _Tensors:
-    """The tensors of a Hugging Face folder by their full names, read one at a time."""
-
-    def __init__(self, folder: Path, family: Family, stack: ExitStack):
-        self.files = {name: _open(path, stack) for name, path in _shards(folder).items()}
-        listed = [(name, key) for name, file in self.files.items() for key in file.keys()]  # noqa: SIM118
-        self.where: dict[str, tuple[str, str]] = {}
-        for name, key in listed:
-            full = key
-            if family.prefix and not key.startswith((family.prefix, family.tied_copy)):
-                full = family.prefix + key
-            if not any(re.fullmatch(pattern, full) for pattern in family.buffers):
-                self.where[full] = (name, key)
-
-    def slice(self, tensor: str) -> Any:
-        """A view of a tensor's header and data."""
-        name, key = self.where[tensor]
-        return self.files[name].get_slice(key)
-
-    def shape(self, tensor: str) -> tuple[int, ...]:
-        """A tensor's shape."""
-        return tuple(self.slice(tensor).get_shape())
-
-    def get(self, tensor: str) -> np.ndarray:
-        """A tensor's values."""
-        name, key = self.where[tensor]
-        return self.files[name].get_tensor(key)
-
-    def stored_dtype(self) -> str:
-        """The widest dtype stored."""
-        kinds = {self.slice(tensor).get_dtype() for tensor in self.where}
-        unknown = sorted(kinds - _STORED.keys())
-        if unknown or not kinds:
-            must, do = f"made of {tuple(_STORED)} tensors", "quantized checkpoints are not read"
-            raise CheckpointError(expected("checkpoint", must, unknown or "no tensors", do))
-        return str(max((_STORED[kind] for kind in kinds), key=lambda d: jnp.dtype(d).itemsize))
-
-
-def _shards(folder: Path) -> dict[str, Path]:
-    """The safetensors files of a folder."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return {single.name: single}
-    if not index.exists():
-        do = "torch .bin files are not read; convert with save_pretrained"
-        must, got = "a folder with model.safetensors or its index", f"{str(folder)!r} without"
-        raise CheckpointError(expected("path_or_repo_id", must, got, do))
-    weight_map = _json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        do = "fetch it again"
-        raise CheckpointError(expected(index.name, "an object with weight_map", "none", do))
-    shards, problems = {}, []
-    for name in sorted({str(value) for value in weight_map.values()}):
-        path = folder / name
-        # Shards lie beside their index; hub caches make them links to elsewhere.
-        if Path(name).name != name:
-            do = "do not trust this checkpoint"
-            must = f"naming files of its own folder, {str(folder)!r}"
-            problems.append(expected(index.name, must, repr(name), do))
-        elif not path.exists():
-            do = "fetch it again"
-            problems.append(expected(index.name, "naming files that exist", repr(name), do))
-        shards[name] = path
-    if problems:
-        raise CheckpointError("\n".join(problems))
-    return shards
-
-
-def _open(path: Path, stack: ExitStack) -> Any:
-    try:
-        return stack.enter_context(safe_open(path, framework="numpy"))
-    except (SafetensorError, OSError) as error:
-        do = "the file is truncated or broken; fetch it again"
-        must = "a whole safetensors file"
-        raise CheckpointError(expected(path.name, must, str(error), do)) from error
-
-
-def _check_x64(dtype: str) -> None:
-    if dtype == "float64" and not jax.config.jax_enable_x64:
-        do = "call jax.config.update('jax_enable_x64', True) first"
-        raise ValueError(expected("dtype", "float64 only under x64", "x64 off", do))
-
-
-def _skeleton(config: ModelConfig) -> Transformer:
-    """The model's structure and shapes, without arrays."""
-    return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-
-
-def _leaves(model: Transformer) -> dict[str, Any]:
-    """The parameters of a model (arrays or shapes) by their dotted names."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(model)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
-        for path, leaf in paths
-    }
-
-
-def _plan(
-    family: Family, config: ModelConfig, parameters: dict[str, Any]
-) -> Iterator[tuple[Rule, list[tuple[str, int | None]]]]:
-    """Each rule that this config needs, with its tensors and their layers."""
-    for rule in family.rules:
-        if set(rule.parameters) <= parameters.keys():
-            per_layer = "{l}" in rule.tensor
-            layers = range(config.n_layers) if per_layer else (None,)
-            yield rule, [(rule.tensor.format(l=layer), layer) for layer in layers]
-
-
-def _fill(family: Family, config: ModelConfig, tensors: _Tensors, mesh: Mesh | None) -> Transformer:
-    model = _skeleton(config)
-    parameters = _leaves(model)
-    plan = list(_plan(family, config, parameters))
-    _check_tensors(family, config, tensors, plan)
-
-    def size(entry: tuple[Rule, Any]) -> int:
-        return int(np.prod(entry[0].shape(config)))
-
-    placed: dict[str, jax.Array] = {}
-    # The largest tensors first: what is read beside the stacks then never adds to the peak.
-    for rule, found in sorted(plan, key=size, reverse=True):
-        stacks = [_aligned(parameters[name].shape, config.dtype) for name in rule.parameters]
-        for tensor, layer in found:
-            for stack, value in zip(stacks, rule.read(tensors.get(tensor), config), strict=True):
-                stack[... if layer is None else layer] = value
-        for name, stack in zip(rule.parameters, stacks, strict=True):
-            placed[name] = _place(name, stack, mesh)
-    return jax.tree.unflatten(jax.tree.structure(model), [placed[name] for name in parameters])
-
-
-def _check_tensors(
-    family: Family, config: ModelConfig, tensors: _Tensors, plan: list[tuple[Rule, list]]
-) -> None:
-    """Raises one error that lists every missing, mis-shaped and extra tensor."""
-    wanted = {tensor: rule.shape(config) for rule, found in plan for tensor, _ in found}
-    problems = []
-    for tensor, shape in wanted.items():
-        if tensor not in tensors.where:
-            problems.append(f"missing: {tensor} must be there with shape {shape}, got none")
-        elif tensors.shape(tensor) != shape:
-            got = tensors.shape(tensor)
-            problems.append(f"mis-shaped: {tensor} must be of shape {shape}, got {got}")
-    for tensor in sorted(tensors.where.keys() - wanted.keys()):
-        if not (tensor == family.tied_copy and config.tied and _is_copy(family, tensors, wanted)):
-            problems.append(f"extra: {tensor} must be absent, got {tensors.shape(tensor)}")
-    if problems:
-        lines = "\n  ".join(problems)
-        raise CheckpointError(
-            f"the tensors must be those of a {family.name} with this config.json, got "
-            f"{len(problems)} that differ; check that they belong together:\n  {lines}"
-        )
-
-
-def _is_copy(family: Family, tensors: _Tensors, wanted: dict) -> bool:
-    """Whether a tied checkpoint's unembedding repeats its embedding."""
-    embedding = next(r.tensor for r in family.rules if r.parameters == ("w_e",))
-    if embedding not in tensors.where or tensors.shape(embedding) != tensors.shape(
-        family.tied_copy
-    ):
-        return False
-    return bool(np.array_equal(tensors.get(embedding), tensors.get(family.tied_copy)))
-
-
-def _aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """An empty array that JAX on CPU can take over without a copy: aligned to 64 bytes."""
-    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
-    count = int(np.prod(shape)) * np.dtype(kind).itemsize
-    buffer = np.empty(count + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    return buffer[start : start + count].view(kind).reshape(shape)
-
-
-def _place(name: str, value: np.ndarray, mesh: Mesh | None) -> jax.Array:
-    if mesh is None:
-        return jax.device_put(value, may_alias=True)
-    sharding = NamedSharding(mesh, partition(name, value.shape, mesh))
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-
-
-def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """How a parameter is divided over the mesh axis "model"; replicated if it does not divide."""
-    axis = _SHARDED_AXIS.get(name.split(".")[-1])
-    if axis is None or "model" not in mesh.shape or shape[axis] % mesh.shape["model"]:
-        return PartitionSpec()
-    names: list[str | None] = [None] * len(shape)
-    names[axis] = "model"
-    return PartitionSpec(*names)
+    folder = Path(path).absolute()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        do = "remove it, or choose another"
+        raise FileExistsError(expected("path", "a new or empty folder", repr(str(path)), do))
+    folder.mkdir(parents=True, exist_ok=True)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / NATIVE_WEIGHTS, {_name(path): leaf for path, leaf in leaves})
+    # Written last: a folder without it is not a checkpoint.
+    about = {"format": 1, "config": asdict(model.config)}
+    (folder / NATIVE_CONFIG).write_text(json.dumps(about, indent=1))
 
 
 def export_weights(family: str, model: Transformer) -> dict[str, np.ndarray]:
     """The model's parameters as the tensors of a Hugging Face checkpoint of this family."""
-    parameters = _leaves(model)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+    params = {_name(path): np.asarray(leaf) for path, leaf in leaves}
     tensors = {}
-    for rule, found in _plan(family_for(family), model.config, parameters):
-        values = [np.asarray(parameters[name]) for name in rule.parameters]
-        for tensor, layer in found:
-            parts = [value if layer is None else value[layer] for value in values]
-            tensors[tensor] = rule.write(parts, model.config)
+    for rule in family_for(family).rules:
+        if rule.params[0] not in params:
+            continue
+        values = [params[name] for name in rule.params]
+        for layer in range(model.config.n_layers) if "{l}" in rule.tensor else (...,):
+            name = rule.tensor.replace("{l}", str(layer))
+            tensors[name] = rule.joined([value[layer] for value in values], model.config)
     return tensors
 
 
-def save(model: Transformer, path: str | Path) -> None:
-    """Writes the native checkpoint: the config as JSON and the parameters by Orbax.
-
-    `from_pretrained(path)` restores it, on any mesh.
+def local_folder(
+    path_or_repo_id: str | Path,
+    *,
+    revision: str | None = None,
+    files: tuple[str, ...] = HUB_FILES,
+) -> Path:
+    """The folder itself, or the local snapshot of a hub id, downloaded if need be.
 
     Raises:
-        FileExistsError: if there is something at `path` already.
+        CheckpointError: if there is neither.
     """
-    import orbax.checkpoint as ocp
+    folder, reason = Path(path_or_repo_id), "there is no such folder"
+    if folder.is_dir():
+        return folder
+    if isinstance(path_or_repo_id, str) and not folder.exists():
+        import huggingface_hub
 
-    folder = Path(path).expanduser().absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        do = "choose another"
-        raise FileExistsError(expected("path", "a new or empty folder", repr(str(path)), do))
-    folder.mkdir(parents=True, exist_ok=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "parameters", _leaves(model))
-    content = {"format": 1, "config": dataclasses.asdict(model.config)}
-    (folder / NATIVE).write_text(json.dumps(content, indent=1) + "\n")
+        try:
+            return Path(
+                huggingface_hub.snapshot_download(
+                    path_or_repo_id, revision=revision, allow_patterns=list(files)
+                )
+            )
+        except (OSError, ValueError) as error:
+            reason = f"{reason}, and the hub said: {str(error).strip().splitlines()[0]}"
+    must = "a folder, or a hub id that can be reached"
+    raise CheckpointError(expected("path_or_repo_id", must, repr(str(path_or_repo_id)), reason))
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor in a memory-mapped safetensors file; `stored` is the format's name of its dtype."""
+
+    stored: str
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+    @property
+    def dtype(self) -> np.dtype:
+        return STORED[self.stored]
+
+    @property
+    def array(self) -> np.ndarray:
+        return self.data.view(self.dtype).reshape(self.shape)
+
+
+def _hf_config(folder: Path) -> tuple[Family, ModelConfig]:
+    hf = _json(folder / "config.json", "a Hugging Face folder, or one made by `save`")
+    try:
+        family = family_for(hf.get("model_type"))
+        return family, family.config(hf)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be used:\n{error}") from None
+
+
+def _open(folder: Path) -> dict[str, _Tensor]:
+    """Every tensor of a folder, by its name on disk."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return _open_file(single)
+    if not index.is_file():
+        found = sorted(p.name for p in folder.iterdir())[:20]
+        must = "a folder with model.safetensors or model.safetensors.index.json"
+        do = "convert other formats with save_pretrained of transformers"
+        raise CheckpointError(expected("path_or_repo_id", must, f"{folder} with {found}", do))
+    weight_map = _json(index, "an index of safetensors files").get("weight_map")
+    if not isinstance(weight_map, dict):
+        do = "download it again"
+        raise CheckpointError(expected("weight_map", "a table", repr(weight_map), do))
+    problems, opened = [], {}
+    for file in sorted(set(map(str, weight_map.values()))):
+        if not _inside(file):
+            do = f"correct {index.name}"
+            problems.append(expected("weight_map", "of files inside the folder", repr(file), do))
+        elif not (folder / file).is_file():
+            do = "download it again"
+            problems.append(expected("weight_map", "of files that exist", repr(file), do))
+        else:
+            try:
+                opened[file] = _open_file(folder / file)
+            except CheckpointError as error:
+                problems.append(str(error))
+    for name, file in weight_map.items():
+        if file in opened and name not in opened[file]:
+            got = f"a file {file!r} without it"
+            problems.append(expected(name, "where the index says", got, "download it again"))
+    if problems:
+        raise CheckpointError("\n".join(problems))
+    tensors = {name: t for file in opened.values() for name, t in file.items()}
+    return tensors | {name: opened[file][name] for name, file in weight_map.items()}
+
+
+def _inside(file: str) -> bool:
+    """Whether a name in an index stays in the folder, on any system."""
+    paths = PurePosixPath(file), PureWindowsPath(file)
+    return not any(p.is_absolute() or p.drive or p.root or ".." in p.parts for p in paths)
+
+
+def _open_file(file: Path) -> dict[str, _Tensor]:
+    try:
+        with safe_open(file, framework="numpy"):
+            pass  # checks the header against the size of the file
+    except (SafetensorError, OSError) as error:
+        must, do = "a whole safetensors file", f"download it again ({error})"
+        got = f"{file.stat().st_size} bytes that are not"
+        raise CheckpointError(expected(file.name, must, got, do)) from None
+    data = np.memmap(file, np.uint8, mode="r")
+    start = 8 + int(data[:8].view("<u8")[0])
+    header = json.loads(data[8:start].tobytes())
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, about in header.items():
+        begin, end = (start + offset for offset in about["data_offsets"])
+        tensors[name] = _Tensor(about["dtype"], tuple(about["shape"]), data[begin:end])
+    return tensors
+
+
+def _with_prefix(tensors: dict[str, _Tensor], family: Family) -> dict[str, _Tensor]:
+    """The tensors under the names of the family's table; buffers are left out."""
+    known = {re.sub(r"\\\{l\\\}", r"\\d+", re.escape(rule.tensor)) for rule in family.rules}
+    pattern = re.compile("|".join(known))
+    named = {}
+    for name, tensor in tensors.items():
+        if any(re.fullmatch(buffer, name) for buffer in family.buffers):
+            continue
+        full = family.prefix + name
+        bare = not pattern.fullmatch(name) and pattern.fullmatch(full) and full not in tensors
+        named[full if bare else name] = tensor
+    return named
+
+
+def _plan(
+    family: Family, config: ModelConfig, tensors: Mapping[str, _Tensor]
+) -> dict[str, tuple[Rule, list[str]]]:
+    """The rule and the tensors of every parameter; raises unless they fit one to one."""
+    params = dict(_parameters(config)[0])
+    plan, used, problems = {}, set(), []
+    for rule in family.rules:
+        if rule.params[0] not in params:
+            continue
+        stacked = "{l}" in rule.tensor
+        layers = range(config.n_layers if stacked else 1)
+        names = [rule.tensor.replace("{l}", str(layer)) for layer in layers]
+        used.update(names)
+        plan |= {param: (rule, names) for param in rule.params}
+        shape = rule.shape(config)
+        for name in names:
+            got = tensors.get(name)
+            if got is None:
+                must, do = f"in the checkpoint, with shape {shape}", "compare it with config.json"
+                problems.append(expected(name, must, "no such tensor", do))
+            elif got.shape != shape:
+                do = "compare it with config.json"
+                problems.append(expected(name, f"of shape {shape}", f"shape {got.shape}", do))
+            elif got.stored not in STORED:
+                must, do = f"stored as one of {tuple(STORED)}", "convert the weights"
+                problems.append(expected(name, must, got.stored, do))
+    used |= _redundant(family, params, tensors)
+    for name in tensors.keys() - used:
+        got = f"a tensor of shape {tensors[name].shape}"
+        must = f"a weight of this {family.name} config"
+        problems.append(expected(name, must, got, "the model has no place for it"))
+    unfilled = params.keys() - plan.keys()
+    assert not unfilled, f"no rule of {family.name} fills {sorted(unfilled)}"
+    if problems:
+        raise CheckpointError("\n".join(sorted(problems, key=_natural)))
+    return plan
+
+
+def _redundant(family: Family, params: Mapping, tensors: Mapping[str, _Tensor]) -> set[str]:
+    """The unembedding of a tied model, if it is stored and equals the embedding."""
+    head = next(rule.tensor for rule in family.rules if rule.params == ("w_u",))
+    table = next(rule.tensor for rule in family.rules if rule.params == ("w_e",))
+    if "w_u" in params or head not in tensors or table not in tensors:
+        return set()
+    a, b = tensors[head], tensors[table]
+    step = 1 << 24
+    same = (a.stored, a.shape) == (b.stored, b.shape) and all(
+        np.array_equal(a.data[i : i + step], b.data[i : i + step])
+        for i in range(0, a.data.size, step)
+    )
+    return {head} if same else set()
+
+
+def _natural(text: str) -> list:
+    """A sorting key that counts layers as numbers."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
 def _restore(folder: Path, dtype: str | None, mesh: Mesh | None) -> Transformer:
     import orbax.checkpoint as ocp
 
-    fields = _json(folder / NATIVE)["config"]
-    if fields["rope_scaling"] is not None:
-        fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
-    config = ModelConfig(**fields | ({} if dtype is None else {"dtype": dtype}))
-    _check_x64(config.dtype)
-    model = _skeleton(config)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-    def target(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
-        sharding = device
-        if mesh is not None:
-            sharding = NamedSharding(mesh, partition(name, leaf.shape, mesh))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    targets = {name: target(name, leaf) for name, leaf in _leaves(model).items()}
+    file = folder / NATIVE_CONFIG
+    about = _json(file, "a checkpoint made by `save`")
+    try:
+        fields = dict(about["config"])
+        if fields.get("rope_scaling"):
+            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+        config = ModelConfig(**fields)
+    except (KeyError, TypeError, ValueError) as error:
+        do = f"save it again with this version ({error})"
+        raise CheckpointError(expected(file.name, "a ModelConfig", "another one", do)) from None
+    config = replace(config, dtype=_checked_dtype(dtype or config.dtype))
+    params = dict(_parameters(config)[0])
+    target = {name: _target(name, leaf, mesh) for name, leaf in params.items()}
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            values = checkpointer.restore(folder.absolute() / "parameters", targets)
-    except (ValueError, OSError, KeyError) as error:
-        do = "save it again"
-        must, got = "a whole native checkpoint", str(error)
-        raise CheckpointError(expected("path_or_repo_id", must, got, do)) from error
-    return jax.tree.unflatten(jax.tree.structure(model), [values[name] for name in targets])
+            weights = checkpointer.restore(folder.absolute() / NATIVE_WEIGHTS, target)
+        # Orbax itself does not compare the shapes of what it restores to host memory.
+        wrong = [name for name, leaf in params.items() if weights[name].shape != leaf.shape]
+        if wrong:
+            raise ValueError(f"other shapes: {wrong}")
+    except (OSError, KeyError, ValueError) as error:
+        must, do = "the folder that `save` wrote", f"copy it again ({error})"
+        got = "one that does not fit the config or cannot be read"
+        raise CheckpointError(expected(NATIVE_WEIGHTS, must, got, do)) from error
+    return _assembled(config, mesh, lambda name, _, to: jax.device_put(weights[name], to))
+
+
+def _target(name: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh | None) -> Any:
+    """What Orbax restores a parameter to: host memory, or its place on the mesh."""
+    if mesh is None:
+        return np.broadcast_to(np.empty((), leaf.dtype), leaf.shape)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(name, leaf, mesh))
+
+
+def _json(file: Path, what: str) -> dict[str, Any]:
+    """A JSON object, or a CheckpointError."""
+    if not file.is_file():
+        got = f"{file.parent} without {file.name}"
+        do = "give the folder that holds the weights"
+        raise CheckpointError(expected("path_or_repo_id", what, got, do))
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        do = f"download it again ({error})"
+        raise CheckpointError(expected(file.name, "JSON", "other text", do)) from None
+    if not isinstance(content, dict):
+        do = "download it again"
+        raise CheckpointError(expected(file.name, "a JSON object", type(content).__name__, do))
+    return content
+
+
+def _parameters(config: ModelConfig) -> tuple[list[tuple[str, jax.ShapeDtypeStruct]], Any]:
+    """The name and shape of every parameter, in the order of the tree, and the tree."""
+    abstract = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
+    return [(_name(path), leaf) for path, leaf in leaves], tree
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def _assembled(
+    config: ModelConfig,
+    mesh: Mesh | None,
+    make: Callable[[str, tuple[int, ...], Sharding | None], Array],
+) -> Transformer:
+    """A model whose parameters are `make(name, shape, sharding)`."""
+    params, tree = _parameters(config)
+    arrays = [make(name, leaf.shape, _sharding(name, leaf, mesh)) for name, leaf in params]
+    return jax.tree_util.tree_unflatten(tree, arrays)
+
+
+def _sharding(name: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh | None) -> Sharding | None:
+    return None if mesh is None else NamedSharding(mesh, partition(name, leaf.shape, mesh))
+
+
+def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """How a parameter is divided over the mesh axis "model"; whole if it does not divide."""
+    axes = SHARDED.get(name.split(".")[-1], ())
+    axes = (None,) * (len(shape) - len(axes)) + axes
+    return PartitionSpec(
+        *(
+            axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(axes, shape, strict=True)
+        )
+    )
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that JAX can use on a CPU without a copy."""
+    size = prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _widest(dtypes: set[np.dtype]) -> str:
+    if dtypes == {STORED["BF16"]}:
+        return "bfloat16"
+    return np.result_type(np.float32, *dtypes).name
+
+
+def _checked_dtype(dtype: Any) -> str:
+    try:
+        name = np.dtype(dtype).name
+    except TypeError:
+        name = None
+    if name not in ("float32", "bfloat16", "float64"):
+        must, do = "'float32', 'bfloat16' or 'float64'", "choose one of them"
+        raise ValueError(expected("dtype", must, repr(dtype), do))
+    if name == "float64" and jnp.result_type(float) != np.float64:
+        must, do = "'float32' or 'bfloat16' without x64", "enable jax_enable_x64, or choose one"
+        raise ValueError(expected("dtype", must, "'float64'", do))
+    return name

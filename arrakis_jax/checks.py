@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from arrakis_jax.axes import Array, Bool, Int
 from arrakis_jax.config import ModelConfig
@@ -24,7 +25,7 @@ Ids = int | Int[Array, "..."] | np.ndarray | list
 
 def host(value: Any, check: bool = False) -> np.ndarray | None:
     """The values as a numpy array, or None if they cannot or should not be read."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return None
     if isinstance(value, jax.Array):
         if not value.is_fully_addressable:
@@ -172,7 +173,7 @@ def checked_layer(layer: Any, n_layers: int, *, name: str = "layer_idx", end: in
         TypeError: a layer that is not an integer scalar.
         IndexError: a layer that the model does not have.
     """
-    if isinstance(layer, jax.core.Tracer):
+    if isinstance(layer, Tracer):
         if not jnp.issubdtype(layer.dtype, jnp.integer) or layer.ndim:
             got, do = f"{layer.aval}", "vmap or scan over layers instead"
             raise TypeError(expected(name, "an integer scalar", got, do))

@@ -39,7 +39,8 @@ app = typer.Typer(
 def analyze(
     text: Annotated[str, typer.Argument(help="the prompt")] = SENTENCE,
     model: Annotated[
-        str | None, typer.Option(help="a checkpoint's folder or hub id  [default: the shipped model]")
+        str | None,
+        typer.Option(help="a checkpoint's folder or hub id  [default: the shipped model]"),
     ] = None,
     target: Annotated[
         str | None, typer.Option(help="a token, such as ' Mary'  [default: the prediction]")
@@ -205,7 +206,7 @@ def _literal(text: str) -> str:
 
 def _use_compilation_cache() -> None:
     """Keeps compiled programs between calls, where the user has not said where."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "arrakis_jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

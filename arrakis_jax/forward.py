@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from arrakis_jax.axes import Array, Float, Int
 from arrakis_jax.checks import Mask, Tokens, checked_layer, checked_tokens
@@ -46,7 +47,7 @@ def compiled(*static: str) -> Callable:
 def _is_outermost_on_cpu(arguments: Any) -> bool:
     arrays = [a for a in jax.tree.leaves(arguments) if isinstance(a, jax.Array)]
     probe = jnp.zeros(())  # traced while a jit or scan is being traced around us
-    if any(isinstance(a, jax.core.Tracer) for a in (*arrays, probe)):
+    if any(isinstance(a, Tracer) for a in (*arrays, probe)):
         return False
     return all(d.platform == "cpu" for d in arrays[0].devices())
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 
 class Label(NamedTuple):
@@ -49,7 +49,14 @@ class Labels(Sequence):
     def __len__(self) -> int:
         return len(self.first) + len(self.layers) * self.per_layer - self.dropped
 
-    def __getitem__(self, i):  # noqa: D102
+    @overload
+    def __getitem__(self, i: int) -> Label: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> tuple[Label, ...]: ...
+
+    def __getitem__(self, i: int | slice) -> Label | tuple[Label, ...]:
+        """The label of term `i`, or those of a slice."""
         if isinstance(i, slice):
             return tuple(self[j] for j in range(*i.indices(len(self))))
         if not -len(self) <= i < len(self):

@@ -1,6 +1,7 @@
 """The pytrees that everything speaks: the residual stream, what to capture of it, and edits."""
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ INTERNAL = ("q", "k", "v", "pattern", "z", "mlp_act")
 FIELDS = STREAM + SCALES + INTERNAL
 # How many axes each field has from T on; 2 unless named.
 TRAILING = {"q": 3, "k": 3, "v": 3, "z": 3} | dict.fromkeys(SCALES, 1)
+
+ABSENT: Any = None  # the default of a field, which has an array's type: `need` guards its use
 
 
 @jax.tree_util.register_dataclass
@@ -51,23 +54,23 @@ class ResidualStream:
         positions: the positions held, or None for all.
     """
 
-    embed: Float[Array, "B T D"] | None = None
-    resid_pre: Float[Array, "L B T D"] | None = None
-    attn_out: Float[Array, "L B T D"] | None = None
-    resid_mid: Float[Array, "L B T D"] | None = None
-    mlp_out: Float[Array, "L B T D"] | None = None
-    final: Float[Array, "B T D"] | None = None
-    norm_attn_scale: Float[Array, "L B T"] | None = None
-    norm_mlp_scale: Float[Array, "L B T"] | None = None
-    norm_final_scale: Float[Array, "B T"] | None = None
-    q: Float[Array, "L B T H K"] | None = None
-    k: Float[Array, "L B T G K"] | None = None
-    v: Float[Array, "L B T G K"] | None = None
-    pattern: Float[Array, "L B H T S"] | None = None
-    z: Float[Array, "L B T H K"] | None = None
-    mlp_act: Float[Array, "L B T F"] | None = None
-    tokens: Int[Array, "B T"] | None = None
-    mask: Bool[Array, "B T"] | None = None
+    embed: Float[Array, "B T D"] = ABSENT
+    resid_pre: Float[Array, "L B T D"] = ABSENT
+    attn_out: Float[Array, "L B T D"] = ABSENT
+    resid_mid: Float[Array, "L B T D"] = ABSENT
+    mlp_out: Float[Array, "L B T D"] = ABSENT
+    final: Float[Array, "B T D"] = ABSENT
+    norm_attn_scale: Float[Array, "L B T"] = ABSENT
+    norm_mlp_scale: Float[Array, "L B T"] = ABSENT
+    norm_final_scale: Float[Array, "B T"] = ABSENT
+    q: Float[Array, "L B T H K"] = ABSENT
+    k: Float[Array, "L B T G K"] = ABSENT
+    v: Float[Array, "L B T G K"] = ABSENT
+    pattern: Float[Array, "L B H T S"] = ABSENT
+    z: Float[Array, "L B T H K"] = ABSENT
+    mlp_act: Float[Array, "L B T F"] = ABSENT
+    tokens: Int[Array, "B T"] = ABSENT
+    mask: Bool[Array, "B T"] = ABSENT
     layers: tuple[int, ...] | None = field(default=None, metadata={"static": True})
     positions: tuple[int, ...] | None = field(default=None, metadata={"static": True})
 
@@ -111,7 +114,7 @@ class ResidualStream:
                 )
             chosen = jnp.array([self.positions.index(p) for p in static], int)
             column = jnp.broadcast_to(chosen, index.shape)
-        fields_at = {
+        fields_at: dict[str, Any] = {
             name: select_positions(
                 value,
                 column,
@@ -123,22 +126,24 @@ class ResidualStream:
             for name in FIELDS
             if (value := getattr(self, name)) is not None
         }
-        tokens = None if self.tokens is None else jnp.take_along_axis(self.tokens, index, -1)
-        return ResidualStream(**fields_at, tokens=tokens, mask=valid, layers=self.layers)
+        if self.tokens is not None:
+            fields_at["tokens"] = jnp.take_along_axis(self.tokens, index, -1)
+        return ResidualStream(**fields_at, mask=valid, layers=self.layers)
 
     def squeezed(self) -> "ResidualStream":
         """A stream at one position, without the position axis."""
-        values = {
+        values: dict[str, Any] = {
             name: jnp.squeeze(value, value.ndim - TRAILING.get(name, 2))
             for name in FIELDS
             if (value := getattr(self, name)) is not None
         }
-        tokens = None if self.tokens is None else self.tokens[..., 0]
-        return ResidualStream(**values, tokens=tokens, mask=self.mask[..., 0], layers=self.layers)
+        if self.tokens is not None:
+            values["tokens"] = self.tokens[..., 0]
+        return ResidualStream(**values, mask=self.mask[..., 0], layers=self.layers)
 
     def batch_axes(self) -> "ResidualStream":
         """The `in_axes` pytree with which `jax.vmap` maps over the examples of the batch."""
-        axes = {
+        axes: dict[str, Any] = {
             f.name: 0 if f.name in (*UNSTACKED, "tokens", "mask") else 1
             for f in fields(self)
             if f.name not in ("layers", "positions") and getattr(self, f.name) is not None
@@ -155,7 +160,7 @@ class ResidualStream:
 class ModelOutput:
     """What a forward returns: `logits [B,T,V]` (None if not captured) and the residual stream."""
 
-    logits: Float[Array, "B T V"] | None
+    logits: Float[Array, "B T V"]
     residuals: ResidualStream
 
 

@@ -1,109 +1,153 @@
 """Tokenizers: the checkpoint's own, prompts to padded batches, a text to its one token."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from arrakis_jax.axes import Bool, Int
+from arrakis_jax.checkpoint import local_folder
 from arrakis_jax.checks import checked_choice
-from arrakis_jax.errors import expected
+from arrakis_jax.errors import CheckpointError, expected
+
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 
 
 def tokenizer_for(path_or_repo_id: str | Path, *, revision: str | None = None) -> Any:
-    """The `transformers` tokenizer of a checkpoint.
+    """The `transformers` tokenizer of a checkpoint, as its files describe it.
 
     Args:
-        path_or_repo_id: a local folder, or a hub id.
-        revision: of a hub id.
+        path_or_repo_id: a local folder, or a hub id (HF_HUB_OFFLINE is honoured).
+        revision: branch, tag or commit of a hub id.
+
+    Returns:
+        A `PreTrainedTokenizerFast` if there is a tokenizer.json; else what AutoTokenizer gives,
+        which imports torch where that is installed.
 
     Raises:
-        ValueError: if there is none.
+        CheckpointError: if there is no tokenizer.
     """
-    # Imported here: neither is needed by the functions of arrays. AutoTokenizer imports torch if
-    # that is installed, so it serves only tokenizers without a tokenizer.json.
-    from transformers import PreTrainedTokenizerFast
-
-    path = Path(path_or_repo_id)
-    source = str(path_or_repo_id)
+    folder = local_folder(path_or_repo_id, revision=revision, files=TOKENIZER_FILES)
     try:
-        if not path.is_dir() or (path / "tokenizer.json").exists():
-            return PreTrainedTokenizerFast.from_pretrained(source, revision=revision)
-        from transformers import AutoTokenizer
+        if (folder / "tokenizer.json").is_file():
+            from transformers import PreTrainedTokenizerFast
 
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        must = "a folder or hub id with a tokenizer"
-        do = f"look for tokenizer.json in it ({error})"
-        raise ValueError(expected("path_or_repo_id", must, repr(source), do)) from error
+            return PreTrainedTokenizerFast.from_pretrained(folder)
+        if any(folder.glob("*token*")) or any(folder.glob("vocab*")):
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        reason = "copy tokenizer.json into it"
+    except Exception as error:  # the Rust parser raises nothing narrower
+        reason = f"check its files ({error})"
+    must = "a folder or a hub id with a tokenizer"
+    raise CheckpointError(expected("path_or_repo_id", must, repr(str(path_or_repo_id)), reason))
 
 
 def encode(
     tokenizer: Any,
-    prompts: str | list[str],
+    prompts: str | Sequence[str],
     *,
     bos: bool | Literal["model"] = "model",
     side: Literal["left", "right"] = "left",
-) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as one padded batch.
+) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
+    """Prompts as one padded batch. No pad token is needed: padding is id 0 under the mask.
 
     Args:
         tokenizer: a `transformers` tokenizer.
         prompts: one text or several.
-        bos: "model" adds the special tokens that the tokenizer itself adds; True makes each row
-            start with exactly one BOS; False adds nothing.
+        bos: "model" adds the special tokens that the tokenizer adds by itself; True adds one BOS
+            in front and nothing else; False adds nothing. A prompt that begins with the BOS
+            token's own text never gets a second one.
         side: where padding goes.
 
     Returns:
         Token ids, int32 `[B,T]`, and the mask, bool `[B,T]`, True at real tokens.
 
     Raises:
+        TypeError: for prompts that are not texts.
         ValueError: for no prompt, a prompt without a token, or bos=True without a BOS token.
+
+    Example:
+        >>> model, tokenizer = demo_model()
+        >>> tokens, mask = encode(tokenizer, ["Mary went to the store", "John"])
+        >>> tokens.shape == mask.shape
+        True
     """
     checked_choice("side", side, ("left", "right"))
     checked_choice("bos", bos, ("model", True, False))
+    bos = bos if bos == "model" else bool(bos)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not texts or not all(isinstance(text, str) for text in texts):
-        do = "pass one text or a list of texts"
-        raise ValueError(expected("prompts", "texts", repr(prompts), do))
-    rows = [tokenizer(text, add_special_tokens=bos == "model").input_ids for text in texts]
+    wrong = [text for text in texts if not isinstance(text, str)]
+    if wrong:
+        do = "pass one text, or a list of texts"
+        raise TypeError(expected("prompts", "texts", type(wrong[0]).__name__, do))
+    if not texts:
+        raise ValueError(expected("prompts", "at least one text", "none", "pass some"))
     first = tokenizer.bos_token_id
+    if bos is True and first is None:
+        do = "this tokenizer has no BOS token"
+        raise ValueError(expected("bos", "'model' or False", "True", do))
+    rows = [_ids(tokenizer, text, special=bos == "model") for text in texts]
     if bos is True:
-        if first is None:
-            do = "this tokenizer has no BOS token"
-            raise ValueError(expected("bos", "'model' or False", "True", do))
-        rows = [row if row[:1] == [first] else [first, *row] for row in rows]
-    if bos == "model" and first is not None:
-        # A text that spells out the BOS itself gets no second one.
-        rows = [row[1:] if row[:2] == [first, first] else row for row in rows]
-    empty = [i for i, row in enumerate(rows) if not set(row) - {first}]
-    empty = [i for i in empty if not texts[i].strip() or not rows[i]]
+        rows = [[first, *row] for row in rows]
+    if bos and first is not None:
+        rows = [_once(first, row) for row in rows]
+    empty = [i for i, row in enumerate(rows) if not row]
     if empty:
-        do = "drop them"
-        raise ValueError(expected("prompts", "texts of at least one token", f"{empty} empty", do))
-    width = max(len(row) for row in rows)
+        got = f"none in prompts {empty[:5]}"
+        do = "drop them, or pass bos=True"
+        raise ValueError(expected("prompts", "texts of at least one token", got, do))
+    width = max(map(len, rows))
     tokens = np.zeros((len(rows), width), np.int32)
     mask = np.zeros((len(rows), width), bool)
-    for row, token_row, mask_row in zip(rows, tokens, mask, strict=True):
-        where = slice(width - len(row), width) if side == "left" else slice(len(row))
-        token_row[where], mask_row[where] = row, True
+    for b, row in enumerate(rows):
+        start = width - len(row) if side == "left" else 0
+        tokens[b, start : start + len(row)] = row
+        mask[b, start : start + len(row)] = True
     return tokens, mask
 
 
 def token_id(tokenizer: Any, text: str) -> int:
     """The id of a text that is exactly one token, such as " Mary" (the space counts).
 
+    Where the tokenizer puts a space in front of every text (SentencePiece), " Mary" is the token
+    that continues a text by " Mary".
+
     Raises:
-        ValueError: if the text is several tokens, or none; the message shows them.
+        TypeError: if `text` is not a text.
+        ValueError: if it is several tokens, or none; the message shows them.
     """
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    if len(ids) > 1:
-        # Tokenizers that mark spaces on words may give " Mary" a lone space in front.
-        rest = [i for i in ids if tokenizer.decode([i]).strip()]
-        bare = tokenizer(text.strip(), add_special_tokens=False).input_ids
-        if len(rest) == 1 and bare == rest and text.strip():
-            ids = rest
-    if len(ids) != 1:
-        pieces = [tokenizer.decode([i]) for i in ids]
-        do = "a leading space often matters"
-        raise ValueError(expected("text", "exactly one token", f"{text!r} = {pieces}", do))
-    return int(ids[0])
+    if not isinstance(text, str):
+        do = "an id needs no look-up"
+        raise TypeError(expected("text", "a text", type(text).__name__, do))
+    ids = _ids(tokenizer, text, special=False)
+    if len(ids) != 1 and text[:1] == " ":
+        bare = _ids(tokenizer, text[1:], special=False)
+        if len(bare) == 1 and _continuation(tokenizer, bare[0]) == text:
+            ids = bare
+    unknown = ids == [tokenizer.unk_token_id] and text != tokenizer.unk_token
+    if len(ids) != 1 or unknown:
+        got = f"{text!r}, which is {tokenizer.convert_ids_to_tokens(ids)}"
+        raise ValueError(expected("text", "exactly one token", got, "mind the leading space"))
+    return ids[0]
+
+
+def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def _once(first: int, row: list[int]) -> list[int]:
+    """The row without repetitions of its first token, if that is `first`."""
+    while row[:2] == [first, first]:
+        row = row[1:]
+    return row
+
+
+def _continuation(tokenizer: Any, token: int) -> str:
+    """What a token adds to a text that it does not begin."""
+    once, twice = (
+        tokenizer.decode([token] * n, clean_up_tokenization_spaces=False) for n in (1, 2)
+    )
+    return twice[len(once) :]

@@ -1,4 +1,4 @@
-"""How long `import arrakis_jax` takes against `import jax, flax.nnx`: medians of fresh processes."""
+"""`import arrakis_jax` against `import jax, flax.nnx`: median seconds of fresh processes."""
 
 import statistics
 import subprocess

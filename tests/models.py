@@ -21,7 +21,9 @@ LLAMA3 = RopeScaling(
 )
 NO_ROPE = dict(positions="learned", rope_theta=None)
 BIASES = dict(qkv_bias=True, out_bias=True, mlp_bias=True)
-GPT2 = dict(norm="layernorm", gated=False, activation="gelu_tanh", n_kv_heads=6, **NO_ROPE, **BIASES)
+GPT2 = dict(
+    norm="layernorm", gated=False, activation="gelu_tanh", n_kv_heads=6, **NO_ROPE, **BIASES
+)
 
 VARIANTS = {
     "llama": {},

@@ -102,9 +102,7 @@ def test_head_attribution_costs_one_forward():
     m, tokens = gpt2_small(), jax.ShapeDtypeStruct((8, 128), jnp.int32)
     forward = flops(lambda m, t: m(t, capture=("final",)), m, tokens)
     last = flops(lambda m, t: logit_attribution(m, t, 3, by="head"), m, tokens)
-    everywhere = flops(
-        lambda m, t: logit_attribution(m, t, t, by="head", position=None), m, tokens
-    )
+    everywhere = flops(lambda m, t: logit_attribution(m, t, t, by="head", position=None), m, tokens)
     assert last / forward < 1.01 and everywhere / forward < 1.1
 
 
@@ -147,7 +145,9 @@ def test_bfloat16_under_jit_grad_and_scan(tool):
 
     def total(m):
         found = jax.tree.leaves(TOOLS[tool](m, TOKENS, MASK))
-        return sum(x.astype(jnp.float32).sum() for x in found if jnp.issubdtype(x.dtype, jnp.inexact))
+        return sum(
+            x.astype(jnp.float32).sum() for x in found if jnp.issubdtype(x.dtype, jnp.inexact)
+        )
 
     outer = total(m)
     assert np.isfinite(outer)

@@ -60,7 +60,9 @@ def test_imports_point_upwards():
 def test_the_public_names_are_these():
     assert arrakis_jax.__all__ == sorted(arrakis_jax.__all__)
     names = {n for n, v in vars(arrakis_jax).items() if not n.startswith("_")}
-    assert set(arrakis_jax.__all__) == {n for n in names if not inspect.ismodule(getattr(arrakis_jax, n))}
+    assert set(arrakis_jax.__all__) == {
+        n for n in names if not inspect.ismodule(getattr(arrakis_jax, n))
+    }
     promised = """
         ModelConfig config_for Transformer run resume ModelOutput ResidualStream Capture capture_for
         Set Add Scale Project Replace from_pretrained tokenizer_for encode token_id save demo_model

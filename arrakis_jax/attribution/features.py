@@ -21,6 +21,7 @@ from arrakis_jax.forward import compiled
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.numerics import norm, ratio
 from arrakis_jax.places import Places
+from arrakis_jax.residuals import ABSENT
 
 METHODS = ("saliency", "grad_x_input", "integrated_gradients")
 # Integrated gradients with steps=None: nodes are doubled until every row's gap is small.
@@ -44,11 +45,11 @@ class Attribution:
     """
 
     tokens: Float[Array, "B T"]
-    layers: Float[Array, "M B T"] | None
+    layers: Float[Array, "M B T"]
     target: Float[Array, " B"]
-    gap: Float[Array, " B"] | None = None
-    delta: Float[Array, " B"] | None = None
-    steps: Int[Array, " B"] | None = None
+    gap: Float[Array, " B"] = ABSENT
+    delta: Float[Array, " B"] = ABSENT
+    steps: Int[Array, " B"] = ABSENT
 
 
 def feature_attribution(
@@ -121,7 +122,7 @@ def feature_attribution(
     return result
 
 
-def _checked_baseline(model: Transformer, baseline: Any, shape: tuple[int, int]) -> Array | None:
+def _checked_baseline(model: Transformer, baseline: Any, shape: tuple[int, ...]) -> Array | None:
     if baseline is None:
         return None
     full = (*shape, model.config.d_model)
@@ -208,7 +209,7 @@ class _Path:
         delta = tokens.sum(-1) - (last - first)
         return Attribution(
             tokens=tokens,
-            layers=None,
+            layers=ABSENT,
             target=last,
             gap=ratio(jnp.abs(delta), jnp.abs(tokens).sum(-1)),
             delta=delta,

@@ -171,7 +171,7 @@ def _residual_gradients(model, tokens, mask, target, *, sites):
     taps = ("resid_pre", "resid_mid", "final", *inside)
     _, gradients, stream = tapped_gradients(model, x_BTD, mask, target, taps)
     resid_pre, final = gradients["resid_pre"], gradients["final"]
-    every = gradients | {
+    every: dict[str, Any] = gradients | {
         "embed": jnp.concatenate([resid_pre, final[None]])[0],
         "attn_out": gradients["resid_mid"],
         "mlp_out": jnp.concatenate([resid_pre[1:], final[None]])[: config.n_layers],

@@ -288,7 +288,10 @@ def factors(
         if attn.b_o is not None:
             bias = attn.b_o[...][rows].astype(config.acc)
             bias = bias.reshape(-1, *(1,) * stream.mask.ndim, config.d_model)
-            kinds, parts = [*kinds, ("attn_bias", 0)], [*parts, Factor(jnp.where(real[None], bias, 0))]
+            kinds, parts = (
+                [*kinds, ("attn_bias", 0)],
+                [*parts, Factor(jnp.where(real[None], bias, 0))],
+            )
     n_mlp = sum(i < ends[1] for i in wanted) if config.d_mlp else len(wanted)
     if config.d_mlp:
         kinds, parts = [*kinds, ("mlp", 0)], [*parts, Factor(stream.mlp_out[rows][:n_mlp])]

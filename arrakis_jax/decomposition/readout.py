@@ -176,7 +176,7 @@ def attribution(
     """The uncompiled method, on a located stream: one target for each of its vectors."""
     config = model.config
     stream.need("final", *(() if config.norm is None else ("norm_final_scale",)))
-    parts = factors(model, stream, position, ends=(config.n_layers,) * 2, by=by)
+    parts = factors(model, stream, position, ends=(config.n_layers, config.n_layers), by=by)
     u = model.unembedding(targets)
     if against is not None:
         u = u - model.unembedding(against)

@@ -17,7 +17,7 @@ import typer
 from flax import nnx
 from rich.progress import track
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from arrakis_jax.axes import Array
 from arrakis_jax.checkpoint import export_weights
@@ -30,25 +30,24 @@ from arrakis_jax.tokens import tokenizer_for
 
 BOS = "<bos>"
 WIDTH, BATCH = 64, 32
+FEW_TOKENS = 40
 
 
 def build_tokenizer(folder: Path) -> None:
-    """A byte-level BPE tokenizer in which every word of the text is one token with its space."""
-    tokenizer = Tokenizer(models.BPE())
+    """A byte-level tokenizer in which every word of the text is one token with its space.
+
+    Anything else falls into bytes, so that any text can be encoded.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    entries = [BOS, *alphabet, *(f"Ġ{word}" for word in text.words() if len(word) > 1), "Ġa"]
+    vocabulary = {entry: i for i, entry in enumerate(entries)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=[BOS], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(text.words() * 2, trainer)
-    bos = tokenizer.token_to_id(BOS)
+    tokenizer.add_special_tokens([BOS])
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bos)]
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, 0)]
     )
-    broken = [w for w in text.words() if len(tokenizer.encode(w).ids) != 2]
-    if broken:
-        raise RuntimeError(f"words of several tokens: {broken}; raise vocab_size")
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "pad_token": BOS}
     _write(folder / "tokenizer_config.json", settings)
@@ -78,17 +77,14 @@ def text_rows(
     return rows, weights
 
 
-def repeated_rows(
-    rng: np.random.Generator, config: ModelConfig, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Random sequences repeated after a BOS; the predictable tokens of the second copy weigh."""
+def repeated_rows(rng: np.random.Generator, ids: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
+    """Random sequences after a BOS, repeated to the row's end; all repetitions weigh."""
     rows = np.zeros((count, WIDTH), np.int32)
     weights = np.zeros((count, WIDTH), np.float32)
-    ids = np.arange(1, config.vocab_size)
     for row, weight in zip(rows, weights, strict=True):
-        length = rng.integers(8, (WIDTH - 1) // 2 + 1)
-        row[1 : 2 * length + 1] = text.repeated(rng, ids, length)
-        weight[length + 2 : 2 * length + 1] = 1.0
+        length = int(rng.integers(3, (WIDTH - 1) // 2 + 1))
+        row[1:] = np.resize(rng.choice(ids, length, replace=False), WIDTH - 1)
+        weight[length + 2 :] = 1.0
     return rows, weights
 
 
@@ -100,27 +96,36 @@ def loss(model: Transformer, rows: Array, weights: Array) -> Array:
 
 
 def train(config: ModelConfig, tokenizer: Any, steps: int, seed: int) -> Transformer:
-    """AdamW with a warm-up and a cosine; half of each batch is text, half repeated sequences."""
+    """AdamW with a warm-up and a cosine; half of each batch is text, half repeated sequences.
+
+    The random sequences are made of few different tokens at first: an induction circuit needs many
+    sights of each token to form, and spreads to further tokens easily once it is there.
+    """
     rng = np.random.default_rng(seed)
-    model = Transformer(config, rngs=nnx.Rngs(seed))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 20, steps, 1e-5)
+    model: Any = Transformer(config, rngs=nnx.Rngs(seed))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 50, steps, 1e-5)
     optimiser = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05)
     )
     corpus = text_rows(rng, tokenizer, 12_000)
+    shuffled = rng.permutation(np.arange(1, config.vocab_size))
 
     @jax.jit
-    def step(model: Transformer, state: Any, rows: Array, weights: Array) -> tuple:
+    def step(model: Any, state: Any, rows: Array, weights: Array) -> tuple:
         value, gradient = jax.value_and_grad(loss)(model, rows, weights)
         update, state = optimiser.update(gradient, state, model)
         return optax.apply_updates(model, update), state, value
 
     state = optimiser.init(model)
-    for _ in track(range(steps), "training"):
+    for done in track(range(steps), "training"):
+        part = min(1.0, done / (0.6 * steps))
+        count = round(FEW_TOKENS * (shuffled.size / FEW_TOKENS) ** part)
         chosen = rng.integers(len(corpus[0]), size=BATCH // 2)
-        random = repeated_rows(rng, config, BATCH // 2)
+        random = repeated_rows(rng, shuffled[:count], BATCH // 2)
         batch = (np.concatenate([c[chosen], r]) for c, r in zip(corpus, random, strict=True))
-        model, state, _ = step(model, state, *batch)
+        model, state, value = step(model, state, *batch)
+        if done % 500 == 499:
+            print(f"step {done + 1}: loss {value:.3f}")
     return model
 
 
@@ -143,6 +148,7 @@ def main(
         "num_key_value_heads": 4,
         "max_position_embeddings": 128,
         "rms_norm_eps": 1e-5,
+        "rope_theta": 100.0,
         "bos_token_id": tokenizer.bos_token_id,
         "tie_word_embeddings": False,
     }

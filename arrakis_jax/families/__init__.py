@@ -1,49 +1,56 @@
-"""Decoder families of Hugging Face, one small file each: a module with a `family` is found."""
+"""Model families: one small file each, found by itself when it is in this folder."""
 
+import pkgutil
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any
 
 from arrakis_jax.config import ModelConfig
-from arrakis_jax.errors import CheckpointError, expected
+from arrakis_jax.errors import expected
 from arrakis_jax.families.base import Family
 
 
 @cache
-def families() -> dict[str, Family]:
-    """Every family, by its `model_type`."""
-    modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
-    found = [module.family for module in modules if hasattr(module, "family")]
-    return {family.name: family for family in found}
+def families() -> Mapping[str, Family]:
+    """Every supported family by its `model_type`."""
+    modules = (import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__))
+    found = (module.FAMILY for module in modules if hasattr(module, "FAMILY"))
+    return {family.name: family for family in sorted(found, key=lambda family: family.name)}
 
 
-def family_for(model_type: Any) -> Family:
+def family_for(model_type: Any, *, name: str = "model_type") -> Family:
     """The family of this `model_type`.
 
     Raises:
-        CheckpointError: listing the supported ones.
+        ValueError: listing the supported ones.
     """
-    if model_type not in families():
-        do = "other architectures cannot be loaded"
-        must = f"one of {tuple(sorted(families()))}"
-        raise CheckpointError(expected("model_type", must, repr(model_type), do))
-    return families()[model_type]
+    supported = families()
+    if not isinstance(model_type, str) or model_type not in supported:
+        do = "other architectures are not supported"
+        raise ValueError(expected(name, f"one of {tuple(supported)}", repr(model_type), do))
+    return supported[model_type]
 
 
-def config_for(family: str, *, dtype: str = "float32", **overrides: Any) -> ModelConfig:
-    """The ModelConfig of a family's Hugging Face class defaults.
+def config_for(family: str, **overrides: Any) -> ModelConfig:
+    """The config of a family, from the defaults of its Hugging Face config class.
 
     Args:
-        family: its `model_type`, such as "gpt2" (the 124M shape) or "llama" (6.7B).
-        dtype: of the weights.
-        **overrides: fields of the Hugging Face config, by their names there.
+        family: a `model_type`, such as "gpt2" or "llama".
+        **overrides: values of config fields, by their Hugging Face names; `dtype` too.
 
     Raises:
-        CheckpointError: for an unknown family, or a field that is unknown or unsupported.
+        ValueError: for a family or a field that is not known, or a value that is not supported.
 
     Example:
-        >>> config_for("llama", num_hidden_layers=2).n_layers
-        2
+        >>> config_for("llama").d_mlp
+        11008
+        >>> config_for("gpt2", n_layer=2, n_embd=48, n_head=3).d_head
+        16
     """
-    return family_for(family).config(overrides, dtype)
+    chosen = family_for(family, name="family")
+    unknown = sorted(overrides.keys() - chosen.known)
+    if unknown:
+        do = "use Hugging Face's names"
+        raise ValueError(expected("overrides", f"among {sorted(chosen.read)}", unknown, do))
+    return chosen.config(overrides)

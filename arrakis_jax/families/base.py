@@ -1,41 +1,65 @@
-"""What a family is: how its Hugging Face config reads, and where its tensors go. All data."""
+"""What a family is: a table of Hugging Face config fields and a table of weight rules."""
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
 from einops import rearrange
 
 from arrakis_jax.config import ModelConfig
-from arrakis_jax.errors import CheckpointError, expected
+from arrakis_jax.errors import expected
 
-# Fields of every Hugging Face config that do not change a decoder's forward.
-BOOKKEEPING = frozenset(
-    "architectures model_type _name_or_path transformers_version torch_dtype dtype use_cache "
-    "id2label label2id problem_type num_labels return_dict output_hidden_states output_attentions "
-    "chunk_size_feed_forward task_specific_params initializer_range bos_token_id eos_token_id "
-    "pad_token_id unk_token_id sep_token_id decoder_start_token_id tokenizer_class prefix "
-    "finetuning_task keys_to_ignore_at_inference auto_map max_length min_length do_sample "
-    "num_beams temperature top_k top_p torchscript gradient_checkpointing _attn_implementation "
-    "_attn_implementation_autoset attn_implementation return_dict_in_generate "
-    "_commit_hash".split()
-)
-# Fields that are fine at these values and change the forward at any other.
-INERT: Mapping[str, tuple] = {
+# Config fields that no forward here depends on, by the reason why.
+IGNORED = {
+    "names and versions": (
+        "model_type", "architectures", "name_or_path", "_name_or_path", "_commit_hash",
+        "transformers_version", "auto_map", "tokenizer_class", "unsloth_version",
+    ),
+    "how Hugging Face runs and what it returns": (
+        "use_cache", "return_dict", "output_hidden_states", "output_attentions", "torchscript",
+        "tie_last_hidden_states", "chunk_size_feed_forward", "use_bfloat16", "tf_legacy_loss",
+        "gradient_checkpointing", "attn_implementation", "_attn_implementation",
+        "_attn_implementation_autoset", "is_decoder", "cache_implementation",
+    ),
+    "training": ("initializer_range",),
+    "special tokens, which are the tokenizer's": (
+        "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id",
+        "decoder_start_token_id", "prefix",
+    ),
+    "task heads": (
+        "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
+        "task_specific_params",
+    ),
+    "generation": (
+        "max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams",
+        "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p",
+        "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "bad_words_ids",
+        "encoder_no_repeat_ngram_size", "num_return_sequences", "output_scores",
+        "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id",
+        "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
+        "begin_suppress_tokens",
+    ),
+}  # fmt: skip
+
+# Config fields of which only these values are supported.
+ONLY = {
     "is_encoder_decoder": (False,),
-    "is_decoder": (False, True),
     "add_cross_attention": (False,),
-    "cross_attention_hidden_size": (None,),
-    "quantization_config": (None,),
-    "pruned_heads": (None, {}),
-    "use_bfloat16": (False,),
+    "pruned_heads": ({},),
+    "quantization_config": (),
+    "per_layer_config": (),
 }
+
+# Hugging Face's names of the activations that are computed exactly.
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_python_tanh": "gelu_tanh",
     "silu": "silu",
@@ -43,120 +67,195 @@ ACTIVATIONS = {
     "relu": "relu",
     "linear": "identity",
 }
-_AXES = {
-    "D": "d_model", "H": "n_heads", "G": "n_kv_heads", "K": "d_head", "F": "d_mlp",
-    "V": "vocab_size", "P": "max_positions",
-}  # fmt: skip
+
+DTYPES = {
+    "float32": "float32",
+    "float64": "float64",
+    "bfloat16": "bfloat16",
+    "float16": "float32",
+}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Where one tensor of a checkpoint goes.
+    """How a tensor on disk becomes one parameter, or several.
 
     Attributes:
-        tensor: its name, with `{l}` for the layer.
-        parameters: the parameter it fills, or several if it holds them side by side.
-        pattern: einops, from the tensor's axes to the parameter's; several parameters are split
-            along a first axis named `parts`.
+        tensor: its name; `{l}` stands for the layer, whose parameters are stacked.
+        pattern: einops, from the axes on disk to the parameter's own (without the layer axis), in
+            the letters of axes.py, with N for learned positions. A tensor that holds several
+            parameters has an axis `part` on both sides.
+        params: the parameters it fills.
+        sizes: how much of the axis `part` each of them takes, as a letter or "1" (the default).
     """
 
     tensor: str
-    parameters: tuple[str, ...]
     pattern: str
-
-    def sizes(self, config: ModelConfig) -> dict[str, int]:
-        """The sizes of the axes that the pattern names."""
-        names = set(re.findall(r"\w+", self.pattern))
-        sizes = {a: getattr(config, field) for a, field in _AXES.items() if a in names}
-        return sizes | ({"parts": len(self.parameters)} if "parts" in names else {})
+    params: tuple[str, ...]
+    sizes: tuple[str, ...] = ()
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """The tensor's shape."""
-        sizes = self.sizes(config)
-        groups = re.findall(r"\(([^)]*)\)|(\w+)", self.pattern.split("->")[0])
-        return tuple(
-            int(np.prod([sizes[axis] for axis in (group or single).split()]))
-            for group, single in groups
-        )
+        """The shape on disk."""
+        length = self._lengths(config)
+        groups = re.findall(r"\([^)]*\)|\w+", self.pattern.split("->")[0])
+        return tuple(prod(length[axis] for axis in re.findall(r"\w+", g)) for g in groups)
 
-    def read(self, tensor: np.ndarray, config: ModelConfig) -> list[np.ndarray]:
-        """The parameters (of one layer) in a tensor."""
-        value = rearrange(tensor, self.pattern, **self.sizes(config))
-        return list(value) if len(self.parameters) > 1 else [value]
+    def part(self, array: np.ndarray, param: str, config: ModelConfig) -> np.ndarray:
+        """The share of one parameter, as a view where numpy can."""
+        length = self._lengths(config)
+        used = set(re.findall(r"\w+", self.pattern))
+        array = rearrange(array, self.pattern, **{a: length[a] for a in used})
+        if len(self.params) == 1:
+            return array
+        axis = self.pattern.split("->")[1].split().index("part")
+        ends = np.cumsum(self._sizes(config))
+        return np.split(array, ends[:-1], axis)[self.params.index(param)]
 
-    def write(self, parameters: list[np.ndarray], config: ModelConfig) -> np.ndarray:
-        """The tensor that holds these parameters: the inverse of `read`."""
-        value = np.stack(parameters) if len(parameters) > 1 else parameters[0]
+    def joined(self, parts: list[np.ndarray], config: ModelConfig) -> np.ndarray:
+        """The tensor that holds these parameters (of one layer): the inverse of `part`."""
+        length = self._lengths(config)
         source, target = self.pattern.split("->")
-        return np.ascontiguousarray(rearrange(value, f"{target}->{source}", **self.sizes(config)))
+        whole = parts[0]
+        if len(parts) > 1:
+            axes = target.split()
+            shapes = (
+                [size if axis == "part" else length[axis] for axis in axes]
+                for size in self._sizes(config)
+            )
+            shaped = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+            whole = np.concatenate(shaped, axes.index("part"))
+        used = set(re.findall(r"\w+", self.pattern))
+        pattern = f"{target} -> {source}"
+        return np.ascontiguousarray(rearrange(whole, pattern, **{a: length[a] for a in used}))
+
+    def _sizes(self, config: ModelConfig) -> tuple[int, ...]:
+        length = letters(config)
+        return tuple(length[size] for size in self.sizes) or (1,) * len(self.params)
+
+    def _lengths(self, config: ModelConfig) -> dict[str, int]:
+        return letters(config) | {"part": sum(self._sizes(config))}
 
 
-def rule(tensor: str, parameters: str, pattern: str) -> Rule:
-    """A Rule, with the parameters separated by spaces."""
-    return Rule(tensor, tuple(parameters.split()), pattern)
+def rule(tensor: str, pattern: str, *params: str, sizes: tuple[str, ...] = ()) -> Rule:
+    """A row of a family's table of weights."""
+    return Rule(tensor, pattern, params, sizes)
 
 
-@dataclass(frozen=True)
+def letters(config: ModelConfig) -> dict[str, int]:
+    """The length of each axis of the weights."""
+    return {
+        "D": config.d_model,
+        "H": config.n_heads,
+        "G": config.n_kv_heads,
+        "R": config.n_heads // config.n_kv_heads,
+        "K": config.d_head,
+        "F": config.d_mlp,
+        "V": config.vocab_size,
+        "N": config.max_positions,
+        "1": 1,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
-    """A decoder family of Hugging Face.
+    """One architecture of Hugging Face.
 
     Attributes:
         name: its `model_type`.
-        defaults: the config's class defaults, of every field that is read.
-        read: the fields as a ModelConfig; every field it reads is in `defaults`.
-        rules: where the tensors go; those whose parameters the config does not have are absent.
-        ignored: further fields that do not change the forward.
-        inert: further fields that are fine at these values only.
-        aliases: other names of fields.
-        prefix: what some checkpoints leave out at the start of every tensor's name.
-        buffers: regular expressions of tensors that are not parameters.
-        tied_copy: the unembedding's tensor, which tied checkpoints may hold as a copy.
+        defaults: the config fields that are read, with the defaults of Hugging Face's class.
+        types: of the fields whose default is None.
+        choices: of the fields that are names: the supported names, and what each means here.
+        build: the arguments of ModelConfig, except dtype, from the values of these fields; raises
+            ValueError for a combination that is not supported.
+        rules: the table of weights.
+        prefix: of tensor names; checkpoints may leave it out.
+        buffers: regular expressions of tensors that are not weights.
+        renamed: other names of fields.
+        ignored: fields that do not change the forward, by the reason why, besides `IGNORED`.
+        only: fields of which only these values are supported, besides `ONLY`.
     """
 
     name: str
     defaults: Mapping[str, Any]
-    read: Callable[[dict[str, Any]], dict[str, Any]]
+    build: Callable[[dict[str, Any]], dict[str, Any]]
     rules: tuple[Rule, ...]
-    ignored: frozenset[str] = frozenset()
-    inert: Mapping[str, tuple] | None = None
-    aliases: Mapping[str, str] | None = None
-    prefix: str = ""
+    prefix: str
+    types: Mapping[str, type] = field(default_factory=dict)
+    choices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()
-    tied_copy: str = "lm_head.weight"
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    ignored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    only: Mapping[str, tuple] = field(default_factory=dict)
 
-    def config(self, fields: Mapping[str, Any], dtype: str = "float32") -> ModelConfig:
-        """The ModelConfig of a Hugging Face config, every field of it accounted for.
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The names of the config fields that are read."""
+        return (*self.defaults, *self.renamed, "dtype", "torch_dtype")
+
+    @property
+    def known(self) -> frozenset[str]:
+        """The names of all config fields that are accounted for."""
+        ignored = [
+            n for table in (IGNORED, self.ignored) for names in table.values() for n in names
+        ]
+        return frozenset((*self.read, *ignored, *ONLY, *self.only))
+
+    def config(self, hf: Mapping[str, Any]) -> ModelConfig:
+        """The ModelConfig of a Hugging Face config, in which absent fields have their defaults.
 
         Raises:
-            CheckpointError: naming every field that is unknown or has an unsupported value.
+            ValueError: listing every field that is unknown, or has a value that is not supported.
         """
-        aliases = self.aliases or {}
-        given = {aliases.get(name, name): value for name, value in fields.items()}
-        inert = {**INERT, **(self.inert or {})}
         problems = []
-        for name, value in given.items():
-            if name in inert:
-                if value not in inert[name]:
-                    do = "this feature is not implemented"
-                    problems.append(expected(name, f"one of {inert[name]}", repr(value), do))
-            elif name not in self.defaults and name not in BOOKKEEPING | self.ignored:
-                do = f"{self.name} configs have no such field that this library knows; it may "
-                do += "change the forward"
-                problems.append(expected(name, "absent", repr(value), do))
-        hf = {**self.defaults, **{k: v for k, v in given.items() if k in self.defaults}}
+        values = dict(self.defaults)
+        only = {**ONLY, **self.only}
+        for name, value in hf.items():
+            field_name = self.renamed.get(name, name)
+            if field_name in self.defaults:
+                wrong = self._wrong(field_name, value)
+                if wrong is None:
+                    values[field_name] = value
+                else:
+                    do = "it is not supported" if field_name in self.choices else "correct it"
+                    problems.append(expected(name, wrong, repr(value), do))
+            elif name in only:
+                if value is not None and value not in only[name]:
+                    must = " or ".join(map(repr, (*only[name], None)))
+                    problems.append(expected(name, must, repr(value), "it is not supported"))
+            elif name not in self.known and value is not None:
+                must = f"absent, or a config field of {self.name} that is known here"
+                do = "it may change the forward; remove it if it does not"
+                problems.append(expected(name, must, repr(value), do))
+        stored = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+        dtype = DTYPES.get(str(stored).removeprefix("torch."))
+        if dtype is None:
+            must = f"one of {tuple(DTYPES)}"
+            problems.append(expected("dtype", must, repr(stored), "convert the weights"))
+        values |= {name: table[values[name]] for name, table in self.choices.items()}
         try:
-            read = {} if problems else self.read(hf)
-            config = None if problems else ModelConfig(**read, dtype=dtype)
+            config = ModelConfig(**self.build(values), dtype=dtype or "float32")
         except ValueError as error:
-            config, problems = None, [str(error)]
-        if config is None:
-            raise CheckpointError("\n".join(problems))
+            problems.append(str(error))
+        if problems:
+            raise ValueError("\n".join(problems))
         return config
 
+    def _wrong(self, name: str, value: Any) -> str | None:
+        """What the value must be, if it is not."""
+        if name in self.choices:
+            known = tuple(self.choices[name])
+            return None if value in known else f"one of {known}"
+        default = self.defaults[name]
+        kind = self.types[name] if default is None else type(default)
+        if value is None and default is None:
+            return None
+        if kind is float and type(value) is int or type(value) is kind:
+            return None
+        return f"of type {kind.__name__}" + (" or null" if default is None else "")
 
-def activation(fields: dict[str, Any], name: str) -> str:
-    """The activation that a field names."""
-    if fields[name] not in ACTIVATIONS:
-        do = "other activations are not implemented"
-        raise CheckpointError(expected(name, f"one of {tuple(ACTIVATIONS)}", fields[name], do))
-    return ACTIVATIONS[fields[name]]
+
+def per_head(width: int, n_heads: int, name: str) -> int:
+    """`width / n_heads`; raises ValueError unless it is whole."""
+    if n_heads < 1 or width % n_heads:
+        raise ValueError(expected(name, f"a multiple of {n_heads} heads", width, "check both"))
+    return width // n_heads

@@ -1,12 +1,23 @@
-"""RoPE's base and scaling from a Hugging Face config, in the v5 and in the older spellings."""
+"""The rotary fields of Hugging Face configs, in every spelling."""
 
 from typing import Any
 
 from arrakis_jax.config import RopeScaling
-from arrakis_jax.errors import CheckpointError, expected
+from arrakis_jax.errors import expected
 
-TYPES = ("default", "llama3")
-_LLAMA3 = {
+# The fields, as part of a family's defaults; Hugging Face's own default of theta is 10000.
+DEFAULTS = {
+    "rope_theta": 10000.0,
+    "rope_parameters": None,
+    "rope_scaling": None,
+    "original_max_position_embeddings": None,
+}
+TYPES = {
+    "rope_parameters": dict,
+    "rope_scaling": dict,
+    "original_max_position_embeddings": int,
+}
+SCALING = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
@@ -17,25 +28,47 @@ _LLAMA3 = {
 def rope(hf: dict[str, Any]) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of a ModelConfig.
 
-    v5 configs hold `rope_parameters {rope_type, rope_theta, ...}`; older ones `rope_theta` and
-    `rope_scaling {"rope_type" or "type", ...}`.
+    Transformers 5 writes `rope_parameters`; earlier versions `rope_theta` and `rope_scaling`, whose
+    type is under "rope_type" or "type". They are ranked as in modeling_rope_utils.py.
+
+    Raises:
+        ValueError: for a scaling that is not supported, or not complete.
     """
-    found = {**(hf["rope_scaling"] or {}), **(hf["rope_parameters"] or {})}
-    kind = found.pop("rope_type", found.pop("type", "default"))
-    found.pop("type", None)
-    theta = found.pop("rope_theta", hf["rope_theta"])
-    wanted = _LLAMA3 if kind == "llama3" else {}
-    if kind not in TYPES:
-        do = "other scalings are not implemented"
-        raise CheckpointError(expected("rope_type", f"one of {TYPES}", repr(kind), do))
-    found = {name: value for name, value in found.items() if value is not None}
-    if kind == "llama3" and "original_max_position_embeddings" not in found:
-        found["original_max_position_embeddings"] = hf["max_position_embeddings"]
-    if set(found) != set(wanted):
-        do = "see the fields of this rope_type in Hugging Face's modeling_rope_utils"
-        got = f"{tuple(sorted(found))}"
-        raise CheckpointError(expected("rope_parameters", f"{tuple(sorted(wanted))}", got, do))
-    scaling = (
-        RopeScaling(**{ours: found[name] for name, ours in wanted.items()}) if wanted else None
-    )
+    spelled = "rope_scaling" if hf["rope_scaling"] else "rope_parameters"
+    given = {k: v for k, v in (hf[spelled] or {}).items() if v is not None}
+    old_kind = given.pop("type", "default")
+    kind = given.pop("rope_type", old_kind)
+    theta = given.pop("rope_theta", hf["rope_theta"])
+    problems = []
+
+    def demand(condition: bool, name: str, must: str, got: Any, do: str):
+        if not condition:
+            problems.append(expected(f"{spelled}.{name}", must, repr(got), do))
+
+    demand(_positive(theta), "rope_theta", "a number > 0", theta, "correct it")
+    partial = given.pop("partial_rotary_factor", 1.0)
+    demand(partial == 1, "partial_rotary_factor", "1", partial, "it is not supported")
+    demand(kind in ("default", "llama3"), "rope_type", "'default' or 'llama3'", kind,
+           "other scalings of the rotary frequencies are not supported")  # fmt: skip
+    scaling = None
+    if kind == "llama3":
+        trained = hf["original_max_position_embeddings"]
+        if trained is None:
+            trained = given.get("original_max_position_embeddings", hf["max_position_embeddings"])
+        given["original_max_position_embeddings"] = trained
+        wrong = [name for name in SCALING if not _positive(given.get(name))]
+        for name in wrong:
+            demand(False, name, "a number > 0", given.get(name), "llama3 needs it")
+        if not wrong:
+            scaling = RopeScaling(**{ours: given[name] for name, ours in SCALING.items()})
+    if kind in ("default", "llama3"):
+        used = SCALING if kind == "llama3" else ("original_max_position_embeddings",)
+        for name in given.keys() - set(used):
+            demand(False, name, f"absent with rope_type {kind!r}", given[name], "remove it")
+    if problems:
+        raise ValueError("\n".join(problems))
     return {"rope_theta": float(theta), "rope_scaling": scaling}
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

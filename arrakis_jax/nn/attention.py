@@ -7,7 +7,7 @@ from flax import nnx
 
 from arrakis_jax.axes import Array, Bool, Int
 from arrakis_jax.config import ModelConfig
-from arrakis_jax.nn.linear import affine, constant, product, weight
+from arrakis_jax.nn.linear import affine, constant, product, weight, writers
 from arrakis_jax.nn.rotary import rotate
 from arrakis_jax.nn.site import Sites
 
@@ -21,7 +21,7 @@ class Attention(nnx.Module):
         self.w_q = weight(rngs, (*stack, d, h, k), d, config)
         self.w_k = weight(rngs, (*stack, d, g, k), d, config)
         self.w_v = weight(rngs, (*stack, d, g, k), d, config)
-        self.w_o = weight(rngs, (*stack, h, k, d), h * k, config)
+        self.w_o = weight(rngs, (*stack, h, k, d), writers(config) * h * k, config)
         bias = config.qkv_bias
         self.b_q = constant((*stack, h, k), 0.0, config) if bias else None
         self.b_k = constant((*stack, g, k), 0.0, config) if bias else None

@@ -13,6 +13,11 @@ def weight(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, config: ModelCon
     return nnx.Param(rngs.params.normal(shape, config.dtype) * jnp.asarray(std, config.dtype))
 
 
+def writers(config: ModelConfig) -> int:
+    """How many modules write to the stream: their weights start smaller by its root (GPT-2)."""
+    return max(2 * config.n_layers, 1)
+
+
 def constant(shape: tuple[int, ...], value: float, config: ModelConfig) -> nnx.Param:
     """A bias (0) or a norm's gain (1)."""
     return nnx.Param(jnp.full(shape, value, config.dtype))

@@ -5,7 +5,7 @@ from flax import nnx
 
 from arrakis_jax.axes import Array
 from arrakis_jax.config import ModelConfig
-from arrakis_jax.nn.linear import affine, constant, weight
+from arrakis_jax.nn.linear import affine, constant, weight, writers
 from arrakis_jax.nn.site import Sites
 
 ACTIVATION = {
@@ -25,7 +25,7 @@ class MLP(nnx.Module):
         self.config = config
         self.w_in = weight(rngs, (*stack, d, f), d, config)
         self.w_gate = weight(rngs, (*stack, d, f), d, config) if config.gated else None
-        self.w_out = weight(rngs, (*stack, f, d), f, config)
+        self.w_out = weight(rngs, (*stack, f, d), writers(config) * f, config)
         bias = config.mlp_bias
         self.b_in = constant((*stack, f), 0.0, config) if bias else None
         self.b_gate = constant((*stack, f), 0.0, config) if bias and config.gated else None

@@ -24,7 +24,7 @@ class Norm(nnx.Module):
     def __call__(self, x_BTD: Array, site: Sites, name: str) -> Array:
         """The normed stream; `name` is the site of the divisor."""
         x_BTD = self.centre(x_BTD.astype(self.config.acc))
-        square_BT = jnp.mean(jnp.square(x_BTD), -1) + self.config.norm_eps
+        square_BT = jnp.mean(jnp.square(x_BTD), -1) + (self.config.norm_eps or 0.0)
         # One at padding before the root too: its slope at zero is infinite.
         s_BT = site(name, jnp.sqrt(site.at_real(square_BT, at_padding=1.0)), at_padding=1.0)
         y_BTD = x_BTD / s_BT[..., None] * over(self.w[...].astype(self.config.acc), x_BTD)

@@ -12,6 +12,7 @@ from arrakis_jax.config import ModelConfig
 
 def frequencies(config: ModelConfig) -> np.ndarray:
     """`[K/2]`, radians per token of each rotated pair."""
+    assert config.rope_theta is not None
     frequency = config.rope_theta ** (-np.arange(0, config.d_head, 2) / config.d_head)
     scaling = config.rope_scaling
     if scaling is None:

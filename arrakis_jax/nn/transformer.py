@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from arrakis_jax.nn.rotary import rotation
 from arrakis_jax.nn.site import Sites
 from arrakis_jax.places import Places
 from arrakis_jax.residuals import (
+    ABSENT,
     UNSTACKED,
     Capture,
     ModelOutput,
@@ -48,9 +50,11 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         d, v = config.d_model, config.vocab_size
         self.config = config
-        self.w_e = weight(rngs, (v, d), d, config)
+        # What also reads out must be small; otherwise embeddings outweigh what blocks add at first.
+        fan_in = d if config.tied else 1
+        self.w_e = weight(rngs, (v, d), fan_in, config)
         learned = config.positions == "learned"
-        self.w_pos = weight(rngs, (config.max_positions, d), d, config) if learned else None
+        self.w_pos = weight(rngs, (config.max_positions, d), fan_in, config) if learned else None
         self.blocks = Block(config, rngs, (config.n_layers,))
         self.norm_final = make_norm(config)
         self.w_u = None if config.tied else weight(rngs, (d, v), d, config)
@@ -91,10 +95,9 @@ class Transformer(nnx.Module):
         embedding = rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return embedding.astype(self.config.acc)
 
-    def embed_positions(self, position: Int[Array, "..."]) -> Float[Array, "... D"] | None:
-        """The learned position embeddings, or None in a model without; NaN beyond the table."""
-        if self.w_pos is None:
-            return None
+    def embed_positions(self, position: Int[Array, "..."]) -> Float[Array, "... D"]:
+        """The learned position embeddings; NaN beyond the table. Needs a model that has them."""
+        assert self.w_pos is not None
         rows = self.w_pos[...].at[position]
         return rows.get(mode="fill", fill_value=jnp.nan).astype(self.config.acc)
 
@@ -138,13 +141,13 @@ class Transformer(nnx.Module):
         x_BTD = outside("final", x_BTD)
         logits = self._logits(x_BTD, outside, capture)
 
-        stream = ResidualStream(
-            **(outside.records | records),
-            tokens=tokens,
-            mask=places.real if at is None else site.valid,
-            layers=layers,
-            positions=capture.positions if at is None else None,
-        )
+        about: dict[str, Any] = {
+            "tokens": tokens,
+            "mask": places.real if at is None else site.valid,
+            "layers": layers,
+            "positions": capture.positions if at is None else None,
+        }
+        stream = ResidualStream(**outside.records, **records, **about)
         return ModelOutput(logits, stream)
 
     def unembedding(self, ids: Int[Array, "..."] | None = None) -> Float[Array, "... D"]:
@@ -174,7 +177,8 @@ class Transformer(nnx.Module):
         places = Places.of(x_BTD.shape[:2], mask)
         site = self._sites(places, capture, edits)
         logits = self._logits(site("final", x_BTD.astype(self.config.acc)), site, capture)
-        stream = ResidualStream(**site.records, mask=places.real, positions=capture.positions)
+        about: dict[str, Any] = {"mask": places.real, "positions": capture.positions}
+        stream = ResidualStream(**site.records, **about)
         return ModelOutput(logits, stream)
 
     def resume(
@@ -280,15 +284,15 @@ class Transformer(nnx.Module):
         (x_BTD, held), _ = jax.lax.scan(selecting, (x_BTD, held), (xs, slots))
         return x_BTD, held, layers
 
-    def _logits(self, x_BTD: Array, site: Sites, capture: Capture) -> Array | None:
+    def _logits(self, x_BTD: Array, site: Sites, capture: Capture) -> Array:
         wanted = {"logits", "norm_final_scale"} & set(capture.fields)
         if not wanted:
-            return None
+            return ABSENT
         y_BTD = x_BTD
         if self.norm_final is not None:
             y_BTD = self.norm_final(x_BTD, site, "norm_final_scale")
         if "logits" not in wanted:
-            return None
+            return ABSENT
         y_BND = select_positions(y_BTD, site.index, site.valid, axis=1)
         if self.w_u is None:
             logits = product("BTD,VD->BTV", y_BND, self.w_e[...], config=self.config)

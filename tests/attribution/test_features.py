@@ -45,9 +45,9 @@ def test_saliency_and_grad_x_input_by_definition(variant, x64):
     close(product.target, out.logits[np.arange(2), last, 3], 1e-12)
     n = m.config.n_layers
     assert product.layers.shape == saliency.layers.shape == (n + 1, *mask.shape)
-    final = jax.grad(lambda x: m.readout(x, mask=mask).logits[jnp.arange(2), jnp.array(last), 3].sum())(
-        out.residuals.final
-    )
+    final = jax.grad(
+        lambda x: m.readout(x, mask=mask).logits[jnp.arange(2), jnp.array(last), 3].sum()
+    )(out.residuals.final)
     close(product.layers[-1], (final * out.residuals.final).sum(-1), 1e-12)
     if m.w_pos is None:
         close(product.layers[0], product.tokens, 1e-12)
@@ -126,9 +126,7 @@ def test_a_row_that_stays_open_is_named():
     m = model("llama", norm_eps=1e-12)
     m.w_e[...] = m.w_e[...] - m.w_e[...].mean(0, keepdims=True)  # the baseline: a zero stream
     with pytest.warns(UserWarning, match=r"leave a gap above 0.001 in rows \[.*1"):
-        feature_attribution(
-            m, np.arange(8).reshape(2, 4), 3, method="integrated_gradients"
-        )
+        feature_attribution(m, np.arange(8).reshape(2, 4), 3, method="integrated_gradients")
 
 
 def test_a_zero_baseline_is_warned_of_where_it_is_singular():
@@ -152,9 +150,7 @@ def test_padded_equals_one_by_one(method, side, x64):
         np.testing.assert_allclose(found.tokens[b, mask[b]], alone.tokens[0], atol=1e-10)
         np.testing.assert_allclose(found.target[b], alone.target[0], atol=1e-10)
         if found.layers is not None:
-            np.testing.assert_allclose(
-                found.layers[:, b, mask[b]], alone.layers[:, 0], atol=1e-10
-            )
+            np.testing.assert_allclose(found.layers[:, b, mask[b]], alone.layers[:, 0], atol=1e-10)
         else:
             assert found.steps[b] == alone.steps[0]
     assert not np.asarray(found.tokens)[~mask].any()

@@ -1,4 +1,4 @@
-"""residual_gradients: every site in one backward pass, against one site at a time and differences."""
+"""residual_gradients: every site in one backward pass, against one at a time and differences."""
 
 import jax
 import jax.numpy as jnp

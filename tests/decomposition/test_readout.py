@@ -153,9 +153,9 @@ def test_jit_vmap_scan_and_grad():
     close(jax.vmap(one)(*each).T, plain, 1e-5)
     close(jax.lax.scan(lambda c, x: (c, one(*x)), 0, each)[1].T, plain, 1e-5)
     r = run(m, tokens, mask=mask, capture="all").residuals
-    rows = jax.vmap(
-        lambda e, t: logit_attribution(m, e, t, by="head").terms, (r.batch_axes(), 0)
-    )(r, jnp.asarray(TARGETS))
+    rows = jax.vmap(lambda e, t: logit_attribution(m, e, t, by="head").terms, (r.batch_axes(), 0))(
+        r, jnp.asarray(TARGETS)
+    )
     close(rows.T, plain, 1e-5)
     gradient = jax.grad(
         lambda m: logit_attribution(m, tokens, TARGETS, by="head", mask=mask).terms[5].sum()

@@ -73,9 +73,7 @@ def test_garbage_and_nan_stay_in_their_row():
     m = model()
     tokens, mask, _ = batch()
     other = np.where(mask, tokens, 10**6)
-    np.testing.assert_array_equal(
-        run(m, tokens, mask=mask).logits, run(m, other, mask=mask).logits
-    )
+    np.testing.assert_array_equal(run(m, tokens, mask=mask).logits, run(m, other, mask=mask).logits)
     bad = np.where(mask, tokens, 0)
     bad[1, -1] = 31
     logits = jax.jit(lambda m, t: m(t, mask=mask).logits)(m, bad)
