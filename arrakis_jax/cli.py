@@ -172,7 +172,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
         table.add_row(str(row["layer"]), *(f"{number:.3f}" for number in numbers))
     console.print(table)
 
-    table = _table("Which input tokens caused it (integrated gradients)", "token", "logits")
+    table = _table("Which input tokens caused it", "token", "logits")
     for row in result["tokens"]:
         table.add_row(repr(row["token"]), *_bar(row["value"], result["tokens"]))
     console.print(table)

@@ -1,12 +1,17 @@
-"""Compile time of the forward and of the gradients at every site, at 4 and at 48 layers."""
+"""Compile time of the forward and of the gradients at every site, at 4 and at 48 layers.
+
+python benchmarks/compile_time.py [--json FILE]     (aim: a ratio of 1.5)
+"""
 
 import time
+from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import typer
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
+from report import report
 
 from arrakis_jax import Transformer, config_for, residual_gradients
 
@@ -14,6 +19,7 @@ PROGRAMS = {
     "forward": lambda m, t: m(t),
     "gradients at every site": lambda m, t: residual_gradients(m, t, 3, against=4),
 }
+REPEATS = 5
 
 
 def seconds(program, n_layers: int) -> float:
@@ -21,7 +27,7 @@ def seconds(program, n_layers: int) -> float:
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     tokens = jax.ShapeDtypeStruct((4, 32), jnp.int32)
     times = []
-    for _ in range(3):
+    for _ in range(REPEATS):
         jax.clear_caches()
         began = time.perf_counter()
         jax.jit(program).lower(model, tokens).compile()
@@ -29,13 +35,15 @@ def seconds(program, n_layers: int) -> float:
     return min(times)
 
 
-def main() -> None:
-    table = Table("program", "4 layers", "48 layers", "ratio", title="Compile time (aim: 1.5)")
+def main(json_file: Annotated[Path | None, typer.Option("--json")] = None) -> None:
+    rows = []
     for name, program in PROGRAMS.items():
         short, long = seconds(program, 4), seconds(program, 48)
-        table.add_row(name, f"{short:.2f} s", f"{long:.2f} s", f"{long / short:.2f}")
-    Console().print(table)
+        rows.append(
+            {"program": name, "4 layers, s": short, "48 layers, s": long, "ratio": long / short}
+        )
+    report("compile time", rows, json_file)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -1,15 +1,20 @@
-"""`import arrakis_jax` against `import jax, flax.nnx`: median seconds of fresh processes."""
+"""`import arrakis_jax` against `import jax, flax.nnx`: median seconds of fresh processes.
+
+python benchmarks/import_time.py [--json FILE]     (aim: a ratio of 1.3)
+"""
 
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
-from rich.table import Table
+import typer
+from report import report
 
 STATEMENTS = {"jax and flax": "import jax, flax.nnx", "arrakis_jax": "import arrakis_jax"}
-REPEATS = 7
+REPEATS = 9
 
 
 def seconds(statement: str) -> float:
@@ -18,17 +23,18 @@ def seconds(statement: str) -> float:
     return time.perf_counter() - began
 
 
-def main() -> None:
+def main(json_file: Annotated[Path | None, typer.Option("--json")] = None) -> None:
     times: dict[str, list[float]] = {name: [] for name in STATEMENTS}
-    for _ in range(REPEATS + 1):
+    for _ in range(REPEATS + 1):  # the first fills the disk's cache
         for name, statement in STATEMENTS.items():
             times[name].append(seconds(statement))
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-    table = Table("import", "seconds", "ratio", title="Import time (aim: 1.3)")
-    for name, value in medians.items():
-        table.add_row(name, f"{value:.2f}", f"{value / medians['jax and flax']:.2f}")
-    Console().print(table)
+    rows = [
+        {"import": name, "seconds": value, "ratio": value / medians["jax and flax"]}
+        for name, value in medians.items()
+    ]
+    report("import time", rows, json_file)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -1,6 +1,6 @@
 """Growth of anonymous memory while a checkpoint loads, as a share of the checkpoint's size.
 
-    python benchmarks/load_memory.py [--megabytes 500] [--family llama] [--json FILE]
+python benchmarks/load_memory.py [--megabytes 500] [--family llama] [--json FILE]
 
 Writes a random float32 checkpoint to a temporary folder and loads it in a fresh process, in which
 a thread samples RssAnon of /proc/self/status (so Linux only). The bound is 1.35.
@@ -15,11 +15,15 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 import typer
-from rich.console import Console
-from rich.table import Table
+from flax import nnx
+from report import report
 from safetensors.numpy import save_file
+
+from arrakis_jax import Transformer, config_for, from_pretrained
+from arrakis_jax.checkpoint import export_weights
 
 BOUND = 1.35
 SHAPES = {
@@ -32,32 +36,21 @@ SHAPES = {
 LAYERS = {"llama": "num_hidden_layers", "gpt2": "n_layer"}
 
 
-def write_checkpoint(folder: Path, family_name: str, megabytes: int) -> int:
+def write_checkpoint(folder: Path, family: str, megabytes: int) -> int:
     """A random checkpoint of about this size, in one file; returns the file's bytes."""
-    from arrakis_jax.families import family_for
 
-    family = family_for(family_name)
-    rng = np.random.default_rng(0)
-
-    def tensors(n_layers: int) -> dict[str, tuple[int, ...]]:
-        config = family.config(SHAPES[family_name] | {LAYERS[family_name]: n_layers})
-        shapes = {}
-        for rule in family.rules:
-            if rule.params[0] == "w_u" and config.tied or "_proj.bias" in rule.tensor[-9:]:
-                continue
-            for layer in range(n_layers if "{l}" in rule.tensor else 1):
-                shapes[rule.tensor.replace("{l}", str(layer))] = rule.shape(config)
-        return shapes
+    def make(n_layers: int) -> Transformer:
+        config = config_for(family, **SHAPES[family] | {LAYERS[family]: n_layers})
+        return Transformer(config, rngs=nnx.Rngs(0))
 
     def size(n_layers: int) -> int:
-        return sum(4 * int(np.prod(shape)) for shape in tensors(n_layers).values())
+        return sum(
+            4 * leaf.size for leaf in jax.tree.leaves(nnx.eval_shape(lambda: make(n_layers)))
+        )
 
     n_layers = max(1, round((megabytes * 1e6 - size(0)) / (size(1) - size(0))))
-    weights = {
-        name: rng.standard_normal(shape, np.float32) for name, shape in tensors(n_layers).items()
-    }
-    save_file(weights, folder / "model.safetensors")
-    hf = SHAPES[family_name] | {LAYERS[family_name]: n_layers, "model_type": family_name}
+    save_file(export_weights(family, make(n_layers)), folder / "model.safetensors")
+    hf = SHAPES[family] | {LAYERS[family]: n_layers, "model_type": family}
     (folder / "config.json").write_text(json.dumps(hf))
     return (folder / "model.safetensors").stat().st_size
 
@@ -70,11 +63,6 @@ def anonymous_bytes() -> int:
 
 def measure(folder: str) -> dict[str, float]:
     """Loads in this process and watches its memory."""
-    import jax
-    import jax.numpy as jnp
-
-    from arrakis_jax.checkpoint import from_pretrained
-
     jax.block_until_ready(jnp.zeros(()))  # JAX's own start is no part of loading
     before, peak, done = anonymous_bytes(), [0], threading.Event()
 
@@ -106,17 +94,17 @@ def main(
         size = write_checkpoint(Path(name), family, megabytes)
         command = [sys.executable, __file__, "--child", name]
         run = subprocess.run(command, check=True, capture_output=True, text=True)
-    result = {"family": family, "checkpoint": size} | json.loads(run.stdout)
-    result["ratio"] = result["growth"] / size
-    table = Table("family", "checkpoint MB", "growth MB", "ratio", "bound", "seconds")
-    megabyte = {key: f"{result[key] / 1e6:.0f}" for key in ("checkpoint", "growth")}
-    table.add_row(
-        family, *megabyte.values(), f"{result['ratio']:.3f}", str(BOUND), f"{result['seconds']:.2f}"
-    )
-    Console().print(table)
-    if json_file:
-        json_file.write_text(json.dumps(result, indent=1))
-    if result["ratio"] > BOUND:
+    found = json.loads(run.stdout)
+    ratio = found["growth"] / size
+    row = {
+        "family": family,
+        "checkpoint, MB": size / 1e6,
+        "growth, MB": found["growth"] / 1e6,
+        "ratio": ratio,
+        "seconds": found["seconds"],
+    }
+    report("anonymous memory while loading", [row], json_file)
+    if ratio > BOUND:
         raise typer.Exit(1)
 
 

@@ -1,7 +1,7 @@
 """Trains the shipped model from nothing: `python -m arrakis_jax.demo.train`.
 
 Writes the tokenizer, the weights in the Hugging Face layout of Llama, and the figures that the
-model reaches. Needs the extra `train`; takes some ten minutes on two CPU cores.
+model reaches. Needs the extra `train`; takes some fifteen minutes on two CPU cores.
 """
 
 import json
@@ -82,7 +82,7 @@ def repeated_rows(rng: np.random.Generator, ids: np.ndarray, count: int) -> tupl
     rows = np.zeros((count, WIDTH), np.int32)
     weights = np.zeros((count, WIDTH), np.float32)
     for row, weight in zip(rows, weights, strict=True):
-        length = int(rng.integers(3, (WIDTH - 1) // 2 + 1))
+        length = int(rng.integers(6, (WIDTH - 1) // 2 + 1))
         row[1:] = np.resize(rng.choice(ids, length, replace=False), WIDTH - 1)
         weight[length + 2 :] = 1.0
     return rows, weights
@@ -107,7 +107,7 @@ def train(config: ModelConfig, tokenizer: Any, steps: int, seed: int) -> Transfo
     optimiser = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05)
     )
-    corpus = text_rows(rng, tokenizer, 12_000)
+    corpus = text_rows(rng, tokenizer, 30_000)
     shuffled = rng.permutation(np.arange(1, config.vocab_size))
 
     @jax.jit
@@ -118,7 +118,7 @@ def train(config: ModelConfig, tokenizer: Any, steps: int, seed: int) -> Transfo
 
     state = optimiser.init(model)
     for done in track(range(steps), "training"):
-        part = min(1.0, done / (0.6 * steps))
+        part = min(1.0, done / (0.4 * steps))
         count = round(FEW_TOKENS * (shuffled.size / FEW_TOKENS) ** part)
         chosen = rng.integers(len(corpus[0]), size=BATCH // 2)
         random = repeated_rows(rng, shuffled[:count], BATCH // 2)
@@ -132,7 +132,7 @@ def train(config: ModelConfig, tokenizer: Any, steps: int, seed: int) -> Transfo
 def main(
     out: Annotated[Path, typer.Option(help="folder to write")] = FOLDER,
     seed: int = 0,
-    steps: int = 6000,
+    steps: int = 7500,
 ) -> None:
     """Builds the tokenizer, trains, measures and writes."""
     began = time.monotonic()

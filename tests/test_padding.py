@@ -1,0 +1,87 @@
+"""Every public function gives a padded batch's prompts the results that they have alone (G19).
+
+In float32, at the tolerances that hold there; the tests of each tool do it in float64.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from arrakis_jax import (
+    decompose,
+    feature_attribution,
+    logit_attribution,
+    movement_matrix,
+    residual_decomposition,
+    residual_gradients,
+    residual_movement,
+    resume,
+    run,
+)
+from tests.models import batch, model
+
+# name: (function of (model, tokens, mask), axis of B in each array, axis of T or None, tolerance)
+TOOLS = {
+    "logits": (lambda m, t, k: run(m, t, mask=k).logits, 0, 1, 1e-5),
+    "final": (lambda m, t, k: run(m, t, mask=k).residuals.final, 0, 1, 1e-5),
+    "resid_post": (lambda m, t, k: run(m, t, mask=k).residuals.resid_post, 1, 2, 1e-5),
+    "resume": (lambda m, t, k: resume(m, m.embed(t, mask=k), 0, mask=k).logits, 0, 1, 1e-5),
+    "residual_decomposition": (
+        lambda m, t, k: residual_decomposition(run(m, t, mask=k), 1).from_attn, 0, 1, 1e-5
+    ),
+    "decompose": (lambda m, t, k: decompose(m, t, mask=k, by="head").terms, 1, 2, 1e-5),
+    "norms": (lambda m, t, k: decompose(m, t, mask=k, by="head").norms(), 1, 2, 1e-5),
+    "logit_attribution": (
+        lambda m, t, k: logit_attribution(m, t, 3, mask=k, by="head").terms, 1, None, 1e-5
+    ),
+    "logit_attribution everywhere": (
+        lambda m, t, k: logit_attribution(m, t, 3, mask=k, position=None).terms, 1, 2, 1e-5
+    ),
+    "relative_norm": (
+        lambda m, t, k: residual_movement(m, t, 0, -1, mask=k).relative_norm, 0, 1, 1e-5
+    ),
+    "angle": (lambda m, t, k: movement_matrix(m, t, mask=k).angle, 2, 3, 1e-5),
+    "residual_gradients": (
+        lambda m, t, k: residual_gradients(m, t, 3, mask=k).resid_mid, 1, 2, 1e-4
+    ),
+    **{
+        method: (
+            functools.partial(
+                lambda m, t, k, method: feature_attribution(m, t, 3, mask=k, method=method).tokens,
+                method=method,
+            ), 0, 1, 1e-4,
+        )
+        for method in ("saliency", "grad_x_input", "integrated_gradients")
+    },
+    "layers": (lambda m, t, k: feature_attribution(m, t, 3, mask=k).layers, 1, 2, 1e-4),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:integrated gradients")
+@pytest.mark.parametrize("variant", ["llama3", "gpt2"])
+@pytest.mark.parametrize("name", TOOLS)
+def test_in_float32(name, variant):
+    tool, at_batch, at_token, tolerance = TOOLS[name]
+    m = model(variant)
+    alone = None
+    for side in ("left", "right", "holes"):
+        tokens, mask, prompts = batch(side=side)
+        tokens = np.where(mask, tokens, 0)
+        whole = np.asarray(tool(m, tokens, mask))
+        if alone is None:
+            alone = [np.asarray(tool(m, prompt[None], None)) for prompt in prompts]
+        for b, one in enumerate(alone):
+            row, want = np.take(whole, b, at_batch), np.take(one, 0, at_batch)
+            if at_token is not None:
+                row = np.compress(mask[b], row, at_token - 1)
+            error, scale = np.abs(row - want).max(), np.abs(want).max()
+            assert error <= tolerance * scale, f"{side}, row {b}: {error / scale:.2g}"
+
+
+def test_vmap_over_prompts_equals_the_batch():
+    m = model()
+    tokens = np.random.default_rng(0).integers(31, size=(4, 6))
+    rows = jax.vmap(lambda t: logit_attribution(m, t[None], 3, by="head").terms[:, 0])(tokens)
+    np.testing.assert_allclose(rows.T, logit_attribution(m, tokens, 3, by="head").terms, atol=1e-5)
