@@ -16,6 +16,7 @@ from jax.core import Tracer
 from arrakis_jax.axes import Array, Bool, Int
 from arrakis_jax.config import ModelConfig
 from arrakis_jax.errors import expected
+from arrakis_jax.residuals import ModelOutput, ResidualStream
 
 # Argument types, spelled for the docstrings of public functions.
 Tokens = Int[Array, "B T"] | np.ndarray | list
@@ -45,6 +46,9 @@ def checked_tokens(
         ValueError: wrong rank or shape, an id outside of the vocabulary at a real token, mask
             values other than 0 and 1, a row without a real token, more tokens than positions.
     """
+    if isinstance(tokens, ResidualStream | ModelOutput):
+        got, do = type(tokens).__name__, "this runs the model: pass its `tokens` and `mask`"
+        raise TypeError(expected(name, "token ids `[B,T]`", got, do))
     tokens = _array(name, tokens, "token ids `[B,T]`")
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         do = "encode text with `encode(tokenizer, prompts)`"

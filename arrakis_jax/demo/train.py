@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import typer
 from flax import nnx
+from optax.contrib import MuonDimensionNumbers, muon
 from rich.progress import track
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -29,8 +30,16 @@ from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.tokens import tokenizer_for
 
 BOS = "<bos>"
-WIDTH, BATCH = 64, 32
+# The shape of a batch's text, and of its random sequences, which fill the context.
+TEXT, RANDOM = (22, 64), (6, 128)
 FEW_TOKENS = 40
+
+# The matrix that each stacked parameter is to Muon: its axes of input and of output.
+MATRICES = {
+    **dict.fromkeys(("w_q", "w_k", "w_v"), MuonDimensionNumbers(1, (2, 3))),
+    "w_o": MuonDimensionNumbers((1, 2), 3),
+    **dict.fromkeys(("w_in", "w_gate", "w_out"), MuonDimensionNumbers(1, 2)),
+}
 
 
 def build_tokenizer(folder: Path) -> None:
@@ -54,22 +63,22 @@ def build_tokenizer(folder: Path) -> None:
 
 
 def text_rows(
-    rng: np.random.Generator, tokenizer: Any, count: int
+    rng: np.random.Generator, tokenizer: Any, count: int, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of sentences after a BOS, and the weight of each token as a target.
 
     The token that only the sentence's meaning decides weighs most.
     """
-    rows = np.zeros((count, WIDTH), np.int32)
-    weights = np.zeros((count, WIDTH), np.float32)
+    rows = np.zeros((count, width), np.int32)
+    weights = np.zeros((count, width), np.float32)
     source = text.sentences(rng)
     for row, weight in zip(rows, weights, strict=True):
         row[0], at = tokenizer.bos_token_id, 1
-        while at < WIDTH:
+        while at < width:
             prompt, rest = next(source)
             ids = tokenizer(prompt, add_special_tokens=False).input_ids
             after = tokenizer(rest, add_special_tokens=False).input_ids
-            both = (ids + after)[: WIDTH - at]
+            both = (ids + after)[: width - at]
             row[at : at + len(both)] = both
             weight[at : at + len(both)] = 0.1
             weight[at + len(ids) : at + len(ids) + 1] = 2.0
@@ -77,42 +86,55 @@ def text_rows(
     return rows, weights
 
 
-def repeated_rows(rng: np.random.Generator, ids: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
+def repeated_rows(
+    rng: np.random.Generator, ids: np.ndarray, count: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Random sequences after a BOS, repeated to the row's end; all repetitions weigh."""
-    rows = np.zeros((count, WIDTH), np.int32)
-    weights = np.zeros((count, WIDTH), np.float32)
+    rows = np.zeros((count, width), np.int32)
+    weights = np.zeros((count, width), np.float32)
     for row, weight in zip(rows, weights, strict=True):
-        length = int(rng.integers(6, (WIDTH - 1) // 2 + 1))
-        row[1:] = np.resize(rng.choice(ids, length, replace=False), WIDTH - 1)
+        length = int(rng.integers(6, min((width - 1) // 2, len(ids)) + 1))
+        row[1:] = np.resize(rng.choice(ids, length, replace=False), width - 1)
         weight[length + 2 :] = 1.0
     return rows, weights
 
 
-def loss(model: Transformer, rows: Array, weights: Array) -> Array:
-    """The weighted mean cross-entropy of the next token."""
-    logits = model(rows[:, :-1], capture=("logits",)).logits
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:])
-    return jnp.sum(each * weights[:, 1:]) / jnp.sum(weights[:, 1:])
+def loss(model: Transformer, *parts: tuple[Array, Array]) -> Array:
+    """The mean cross-entropy of the next token, weighted, over parts of rows and weights."""
+    total = weight = jnp.zeros(())
+    for rows, weights in parts:
+        logits = model(rows[:, :-1], capture=("logits",)).logits
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:])
+        total += jnp.sum(each * weights[:, 1:])
+        weight += jnp.sum(weights[:, 1:])
+    return total / weight
 
 
 def train(config: ModelConfig, tokenizer: Any, steps: int, seed: int) -> Transformer:
-    """AdamW with a warm-up and a cosine; half of each batch is text, half repeated sequences.
+    """Muon, with AdamW for embeddings and norms, on batches of text and repeated sequences.
 
     The random sequences are made of few different tokens at first: an induction circuit needs many
     sights of each token to form, and spreads to further tokens easily once it is there.
     """
     rng = np.random.default_rng(seed)
     model: Any = Transformer(config, rngs=nnx.Rngs(seed))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 50, steps, 1e-5)
     optimiser = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.05)
+        optax.clip_by_global_norm(1.0),
+        muon(
+            _schedule(2e-2, steps),
+            weight_decay=0.03,
+            adam_learning_rate=_schedule(3e-3, steps),
+            adam_b2=0.98,
+            adam_weight_decay=0.01,
+            muon_weight_dimension_numbers=_matrices,
+        ),
     )
-    corpus = text_rows(rng, tokenizer, 30_000)
+    corpus = text_rows(rng, tokenizer, 60_000, TEXT[1])
     shuffled = rng.permutation(np.arange(1, config.vocab_size))
 
     @jax.jit
-    def step(model: Any, state: Any, rows: Array, weights: Array) -> tuple:
-        value, gradient = jax.value_and_grad(loss)(model, rows, weights)
+    def step(model: Any, state: Any, *parts: tuple[Array, Array]) -> tuple:
+        value, gradient = jax.value_and_grad(loss)(model, *parts)
         update, state = optimiser.update(gradient, state, model)
         return optax.apply_updates(model, update), state, value
 
@@ -120,19 +142,34 @@ def train(config: ModelConfig, tokenizer: Any, steps: int, seed: int) -> Transfo
     for done in track(range(steps), "training"):
         part = min(1.0, done / (0.4 * steps))
         count = round(FEW_TOKENS * (shuffled.size / FEW_TOKENS) ** part)
-        chosen = rng.integers(len(corpus[0]), size=BATCH // 2)
-        random = repeated_rows(rng, shuffled[:count], BATCH // 2)
-        batch = (np.concatenate([c[chosen], r]) for c, r in zip(corpus, random, strict=True))
-        model, state, value = step(model, state, *batch)
+        chosen = rng.integers(len(corpus[0]), size=TEXT[0])
+        written = tuple(part[chosen] for part in corpus)
+        random = repeated_rows(rng, shuffled[:count], *RANDOM)
+        model, state, value = step(model, state, written, random)
         if done % 500 == 499:
             print(f"step {done + 1}: loss {value:.3f}")
     return model
 
 
+def _schedule(peak: float, steps: int) -> optax.Schedule:
+    """A short warm-up, then a cosine."""
+    return optax.warmup_cosine_decay_schedule(0.0, peak, steps // 50, steps, peak / 100)
+
+
+def _matrices(params: Any) -> Any:
+    """What Muon trains, and as which matrices; None for the rest."""
+
+    def numbers(path: tuple, _: Array) -> MuonDimensionNumbers | None:
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        return MATRICES.get(name.split(".")[-1])
+
+    return jax.tree_util.tree_map_with_path(numbers, params)
+
+
 def main(
     out: Annotated[Path, typer.Option(help="folder to write")] = FOLDER,
     seed: int = 0,
-    steps: int = 7500,
+    steps: int = 4000,
 ) -> None:
     """Builds the tokenizer, trains, measures and writes."""
     began = time.monotonic()
@@ -142,11 +179,12 @@ def main(
     settings = {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
-        "intermediate_size": 256,
+        "intermediate_size": 128,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
-        "max_position_embeddings": 128,
+        "head_dim": 64,
+        "max_position_embeddings": RANDOM[1],
         "rms_norm_eps": 1e-5,
         "rope_theta": 100.0,
         "bos_token_id": tokenizer.bos_token_id,

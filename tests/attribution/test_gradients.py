@@ -117,6 +117,7 @@ def test_bad_input():
         (lambda: residual_gradients(m, tokens, 3, position=4), IndexError, r"\[-4, 4\), got \[4\]"),
         (lambda: residual_gradients(m, tokens, 3, capture="some"), ValueError, "must be one of"),
         (lambda: residual_gradients(m, tokens, 3, capture=("zz",)), ValueError, "must be made of"),
+        (lambda: residual_gradients(m, run(m, tokens), 3), TypeError, "got ModelOutput; this runs"),
     ]:
         with pytest.raises(error, match=message):
             call()
