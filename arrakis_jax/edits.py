@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from arrakis_jax.axes import Array, Int
+from arrakis_jax.checks import host
 from arrakis_jax.errors import expected
 from arrakis_jax.residuals import FIELDS, UNSTACKED
 
@@ -36,7 +37,8 @@ class Edit:
             is given (or to the site's whole value).
         layer: the layer to change, or None for every layer; an int in [-L, L) or a traced scalar.
         head: the head to change (key/value head at "k" and "v"), or None for every head.
-        position: the position to change, counted in real tokens (-1 is each row's last), or None.
+        position: the position to change, counted in real tokens (-1 is each row's last), or None
+            for every position. A row that has no such token is left as it is.
     """
 
     site: str = field(metadata={"static": True})
@@ -71,7 +73,14 @@ class Edit:
             select &= jnp.expand_dims(
                 self.position, [a for a in range(1, value.ndim) if a != removed[0]]
             )
-        return jnp.where(select, self.change(value, layer, sorted(removed)), value)
+        try:
+            changed = jnp.broadcast_to(self.change(value, layer, sorted(removed)), value.shape)
+        except (ValueError, TypeError) as error:
+            must = f"broadcastable to site {site!r} of shape {value.shape}"
+            do = "leave out the axes that `head` and `position` select"
+            got = f"shape {jnp.shape(self.value)}"
+            raise ValueError(expected("value", must, got, do)) from error
+        return jnp.where(select, changed, value)
 
     @abstractmethod
     def change(self, value: Array, layer: Int[Array, ""] | None, removed: list[int]) -> Array:
@@ -96,7 +105,7 @@ class Set(Edit):
     """Sets the selected value: `Set("z", 0.0, layer=3, head=1)` zero-ablates a head."""
 
     def change(self, value, layer, removed):  # noqa: D102
-        return jnp.broadcast_to(self.operand(value, removed), value.shape)
+        return self.operand(value, removed)
 
 
 @jax.tree_util.register_dataclass
@@ -146,11 +155,11 @@ class Replace(Edit):
         other = jnp.asarray(self.value).astype(value.dtype)
         if self.site not in UNSTACKED and other.ndim == value.ndim + 1:
             other = jax.lax.dynamic_index_in_dim(other, layer, keepdims=False)
-        return jnp.broadcast_to(other, value.shape)
+        return other
 
 
 def check_edits(edits: tuple, n_layers: int, n_heads: int, n_kv_heads: int) -> None:
-    """Raises for an unknown site and for a static layer or head out of range."""
+    """Raises for an unknown site and for a layer or head that is known and out of range."""
     for edit in edits:
         if not isinstance(edit, Edit):
             if not callable(edit):
@@ -171,6 +180,7 @@ def check_edits(edits: tuple, n_layers: int, n_heads: int, n_kv_heads: int) -> N
                 do = "use site 'z' for a head's output"
                 raise ValueError(expected("head", f"None at site {edit.site!r}", given, do))
             low = -size if name == "layer" else 0
-            if isinstance(given, int) and not low <= given < size:
+            values = host(given)
+            if values is not None and not ((low <= values) & (values < size)).all():
                 do = f"the model has {size} of them"
                 raise IndexError(expected(name, f"in [{low}, {size})", given, do))

@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from arrakis_jax.axes import Array, Float, Int
-from arrakis_jax.checks import Mask, Tokens, checked_layer, checked_tokens
+from arrakis_jax.checks import Mask, Tokens, checked_layer, checked_tokens, host
 from arrakis_jax.edits import Edit, check_edits
 from arrakis_jax.errors import expected
 from arrakis_jax.nn.transformer import Edits, Transformer
@@ -80,7 +81,8 @@ def run(
         TypeError, ValueError, IndexError: for tokens, mask, capture or edits that do not fit.
     """
     tokens, mask = checked_tokens(model.config, tokens, mask, check=check)
-    return _run(model, tokens, mask, checked_edits(model, edits), capture=as_capture(capture))
+    edits = checked_edits(model, edits, tokens.shape, mask)
+    return _run(model, tokens, mask, edits, capture=as_capture(capture))
 
 
 @compiled("capture")
@@ -121,7 +123,7 @@ def resume(
     if mask is not None:
         mask = checked_tokens(model.config, jnp.zeros(x.shape[:2], int), mask)[1]
     start = checked_layer(start, model.config.n_layers, name="start", end=1)
-    edits = checked_edits(model, edits)
+    edits = checked_edits(model, edits, x.shape[:2], mask)
     if isinstance(start, int):
         return _resume_static(model, x, mask, edits, start=start)
     return _resume_traced(model, x, start, mask, edits)
@@ -137,11 +139,20 @@ def _resume_traced(model, x, start, mask, edits):
     return model.resume(x, start, mask=mask, edits=edits)
 
 
-def checked_edits(model: Transformer, edits: Edits) -> Edits:
-    """The edits, checked, with plain functions as pytrees so that jit accepts them."""
+def checked_edits(
+    model: Transformer, edits: Edits, shape: tuple[int, ...], mask: Array | None
+) -> Edits:
+    """The edits of tokens of this shape, checked; functions as pytrees, so that jit takes them."""
     edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
     config = model.config
     check_edits(edits, config.n_layers, config.n_heads, config.n_kv_heads)
+    real = None if mask is None else host(mask)
+    longest = shape[1] if real is None else int(real.sum(-1).max())
+    for edit in edits:
+        position = host(edit.position) if isinstance(edit, Edit) and edit.position is not None else 0
+        if position is not None and not np.all((-longest <= position) & (position < longest)):
+            do = "no row has such a token; positions count a row's real tokens"
+            raise IndexError(expected("position", f"in [-{longest}, {longest})", position, do))
     return tuple(e if isinstance(e, Edit) else jax.tree_util.Partial(e) for e in edits)
 
 

@@ -30,8 +30,9 @@ from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.tokens import tokenizer_for
 
 BOS = "<bos>"
-# The shape of a batch's text, and of its random sequences, which fill the context.
-TEXT, RANDOM = (22, 64), (6, 128)
+# The shape of a batch's text, and of its random sequences: in the second half of the training
+# they fill the context, since what has learned to copy over short distances soon does over long.
+TEXT, SHORT, LONG = (22, 64), (10, 64), (5, 128)
 FEW_TOKENS = 40
 
 # The matrix that each stacked parameter is to Muon: its axes of input and of output.
@@ -144,7 +145,7 @@ def train(config: ModelConfig, tokenizer: Any, steps: int, seed: int) -> Transfo
         count = round(FEW_TOKENS * (shuffled.size / FEW_TOKENS) ** part)
         chosen = rng.integers(len(corpus[0]), size=TEXT[0])
         written = tuple(part[chosen] for part in corpus)
-        random = repeated_rows(rng, shuffled[:count], *RANDOM)
+        random = repeated_rows(rng, shuffled[:count], *(SHORT if done < steps // 2 else LONG))
         model, state, value = step(model, state, written, random)
         if done % 500 == 499:
             print(f"step {done + 1}: loss {value:.3f}")
@@ -184,7 +185,7 @@ def main(
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "head_dim": 64,
-        "max_position_embeddings": RANDOM[1],
+        "max_position_embeddings": LONG[1],
         "rms_norm_eps": 1e-5,
         "rope_theta": 100.0,
         "bos_token_id": tokenizer.bos_token_id,
