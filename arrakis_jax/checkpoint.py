@@ -351,14 +351,22 @@ def _restore(folder: Path, dtype: str | None, mesh: Mesh | None) -> Transformer:
         raise CheckpointError(expected(file.name, "a ModelConfig", "another one", do)) from None
     config = replace(config, dtype=_checked_dtype(dtype or config.dtype))
     params = dict(_parameters(config)[0])
+    wanted = {name: leaf.shape for name, leaf in params.items()}
     target = {name: _target(name, leaf, mesh) for name, leaf in params.items()}
+    place = folder.absolute() / NATIVE_WEIGHTS
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            weights = checkpointer.restore(folder.absolute() / NATIVE_WEIGHTS, target)
-        # Orbax itself does not compare the shapes of what it restores to host memory.
-        wrong = [name for name, leaf in params.items() if weights[name].shape != leaf.shape]
-        if wrong:
-            raise ValueError(f"other shapes: {wrong}")
+            # Orbax itself does not compare the shapes of what it restores to host memory.
+            about = checkpointer.metadata(place).item_metadata
+            if about is None:
+                raise ValueError("its metadata cannot be read")
+            stored = {name: tuple(array.shape) for name, array in dict(about).items()}
+            if stored != wanted:
+                wrong = {n for n, _ in stored.items() ^ wanted.items()}
+                raise ValueError(
+                    "; ".join(f"{n}: {stored.get(n)}, not {wanted.get(n)}" for n in sorted(wrong))
+                )
+            weights = checkpointer.restore(place, target)
     except (OSError, KeyError, ValueError) as error:
         must, do = "the folder that `save` wrote", f"copy it again ({error})"
         got = "one that does not fit the config or cannot be read"

@@ -82,7 +82,7 @@ def checked_tokens(
                 expected(name, f"at most {config.max_positions} tokens long",
                          f"{longest}", "this model has no positions beyond; cut the text")
             )  # fmt: skip
-    return jnp.asarray(tokens, jnp.int32), mask
+    return _int32(tokens), mask
 
 
 def _checked_mask(mask: Any, shape: tuple, check: bool) -> tuple[Array, np.ndarray | None]:
@@ -135,7 +135,7 @@ def checked_ids(
         do = "use this model's tokenizer"
         must = f"in [0, {config.vocab_size})"
         raise ValueError(expected(name, must, f"{wrong.tolist()}", do))
-    return jnp.broadcast_to(jnp.asarray(ids, jnp.int32), shape)
+    return _int32(ids, shape)
 
 
 def checked_position(position: Any, n_rows: int, mask: Any, length: int) -> Array:
@@ -165,7 +165,7 @@ def checked_position(position: Any, n_rows: int, mask: Any, length: int) -> Arra
             got = f"{np.broadcast_to(values, wrong.shape)[wrong][:3].tolist()}"
             do = "positions count a row's real tokens"
             raise IndexError(expected("position", f"in [{-least}, {least})", got, do))
-    return jnp.broadcast_to(jnp.asarray(position, jnp.int32), (n_rows,))
+    return _int32(position, (n_rows,))
 
 
 def checked_layer(layer: Any, n_layers: int, *, name: str = "layer_idx", end: int = 0) -> Any:
@@ -197,6 +197,15 @@ def checked_choice(name: str, value: Any, choices: tuple) -> None:
     """Raises ValueError unless `value` is one of the choices."""
     if value not in choices:
         raise ValueError(expected(name, f"one of {choices}", repr(value), "choose one of them"))
+
+
+def _int32(value: Any, shape: tuple[int, ...] | None = None) -> Array:
+    """The values as int32, broadcast; numpy's by numpy, without a program of their own."""
+    if isinstance(value, jax.Array):
+        value = value.astype(jnp.int32)
+        return value if shape is None else jnp.broadcast_to(value, shape)
+    value = value.astype(np.int32)
+    return jnp.asarray(value if shape is None else np.broadcast_to(value, shape))
 
 
 def _array(name: str, value: Any, what: str) -> Any:

@@ -25,7 +25,8 @@ from arrakis_jax.movement.layers import movement
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.tokens import encode, token_id, tokenizer_for
 
-SENTENCE = "When Mary and John went to the store, John gave a drink to"
+# What is analysed by default: the sentence, and the name that must not follow.
+SENTENCE, OTHER = "When Mary and John went to the store, John gave a drink to", " John"
 
 app = typer.Typer(
     help="Takes the residual stream of a transformer apart.",
@@ -61,6 +62,8 @@ def analyze(
             raise ValueError(expected("--json", must, repr(str(json_file)), do))
         _use_compilation_cache()
         source = FOLDER if model is None else model
+        if text == SENTENCE and target is None and against is None and model is None:
+            against = OTHER
         network = from_pretrained(source)
         result = analysis(network, tokenizer_for(source), text, target, against)
         if json_file is not None:

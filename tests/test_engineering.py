@@ -81,6 +81,15 @@ def flops(function, *args):
     return total
 
 
+def all_near(found, wanted):
+    """Within 1e-4 of the largest value; what is rounding itself, such as `gap`, is near zero."""
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        if np.abs(b).max() < 1e-5:
+            assert np.abs(a).max() < 1e-5
+        else:
+            close(a, b, 1e-4)
+
+
 @functools.cache
 def gpt2_small():
     return nnx.eval_shape(lambda: Transformer(config_for("gpt2"), rngs=nnx.Rngs(0)))
@@ -134,10 +143,10 @@ def test_exports_for_tpu_and_cuda(tool):
     args = (leaves, jnp.asarray(TOKENS), jnp.asarray(MASK))
     exported = export.export(jax.jit(flat), platforms=("cpu", "cuda", "tpu"))(*args)
     loaded = export.deserialize(exported.serialize())
-    for a, b in zip(loaded.call(*args), flat(*args), strict=True):
-        close(a, b, 1e-4)
+    all_near(loaded.call(*args), flat(*args))
 
 
+@pytest.mark.filterwarnings("ignore:integrated gradients")  # its gap is bfloat16's rounding
 @pytest.mark.parametrize("tool", TOOLS)
 def test_bfloat16_under_jit_grad_and_scan(tool):
     """The entry with compiler options is for the outermost call only."""
@@ -202,9 +211,4 @@ def test_sharded_model_gives_the_same_numbers():
     data = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     tokens, mask = (jax.device_put(x, data) for x in (TOKENS, MASK))
     for tool in ("logit_attribution", "residual_gradients", "movement_matrix"):
-        for a, b in zip(
-            jax.tree.leaves(TOOLS[tool](sharded, tokens, mask)),
-            jax.tree.leaves(TOOLS[tool](m, TOKENS, MASK)),
-            strict=True,
-        ):
-            close(a, b, 1e-4)
+        all_near(TOOLS[tool](sharded, tokens, mask), TOOLS[tool](m, TOKENS, MASK))

@@ -48,7 +48,10 @@ def test_saliency_and_grad_x_input_by_definition(variant, x64):
     final = jax.grad(
         lambda x: m.readout(x, mask=mask).logits[jnp.arange(2), jnp.array(last), 3].sum()
     )(out.residuals.final)
-    close(product.layers[-1], (final * out.residuals.final).sum(-1), 1e-12)
+    # All but zero with LayerNorm, which no scale of its input changes: measured by its parts.
+    parts = np.asarray(final * out.residuals.final)
+    error = np.abs(np.asarray(product.layers[-1]) - parts.sum(-1)).max()
+    assert error <= 1e-12 * np.abs(parts).sum(-1).max()
     if m.w_pos is None:
         close(product.layers[0], product.tokens, 1e-12)
 
