@@ -149,7 +149,8 @@ def checked_edits(
     real = None if mask is None else host(mask)
     longest = shape[1] if real is None else int(real.sum(-1).max())
     for edit in edits:
-        position = host(edit.position) if isinstance(edit, Edit) and edit.position is not None else 0
+        given = edit.position if isinstance(edit, Edit) else None
+        position = None if given is None else host(given)
         if position is not None and not np.all((-longest <= position) & (position < longest)):
             do = "no row has such a token; positions count a row's real tokens"
             raise IndexError(expected("position", f"in [-{longest}, {longest})", position, do))

@@ -2,15 +2,16 @@
 
 import os
 
-import jaxlib.version
+from jaxlib.version import __version_info__ as jaxlib_version
 
 # XLA compiles quickly and optimises little: the suite is a thousand small programs, each run once.
 # ARRAKIS_OPTIMISED=1 compiles as users do, three to five times as long; CI runs a part so.
-OPTIMISED = bool(os.environ.get("ARRAKIS_OPTIMISED"))
-flags = ["--xla_force_host_platform_device_count=8"]
-if not OPTIMISED and jaxlib.version.__version_info__ < (0, 11):  # an unknown flag is fatal
-    flags.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join(flags)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str("ARRAKIS_OPTIMISED" not in os.environ)
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8" + (
+    " --xla_cpu_use_fusion_emitters=false"
+    if "ARRAKIS_OPTIMISED" not in os.environ and jaxlib_version < (0, 11)  # unknown ones are fatal
+    else ""
+)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -21,7 +22,6 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", not OPTIMISED)
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "stories260K"
 tests_run = count(1)

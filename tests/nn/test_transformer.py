@@ -259,7 +259,7 @@ class TestEdits:
             (Set("z", 0.0, layer=np.int64(-4)), IndexError, r"in \[-3, 3\), got -4"),
             (Set("z", 0.0, position=9), IndexError, r"`position` must be in \[-9, 9\), got 9"),
             (Set("z", 0.0, position=-10), IndexError, r"`position` must be in \[-9, 9\), got -10"),
-            (Add("z", np.ones(7), head=1), ValueError, r"`value` must be broadcastable to .*\(7,\)"),
+            (Add("z", np.ones(7), head=1), ValueError, r"`value` must be .*, got shape \(7,\)"),
             (Replace("final", np.ones((2, 9))), ValueError, "`value` must be broadcastable to"),
             ("ablate", TypeError, "`edits` must be made of edits, got"),
         ],
