@@ -29,6 +29,7 @@ from arrakis_jax.nn.transformer import Transformer
 
 NATIVE_CONFIG = "arrakis_jax.json"
 NATIVE_WEIGHTS = "weights"
+FORMAT = 1  # of the native config
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", f"{NATIVE_WEIGHTS}/*")
 STORED = {
     "F64": np.dtype(np.float64),
@@ -73,7 +74,8 @@ def from_pretrained(
         dtype: "float32", "bfloat16", or "float64" under x64. By default as stored: the widest of
             the weights' own, and float32 for float16.
         mesh: where to put the parameters: heads, MLP units and vocabulary over its axis "model" if
-            it has one and they divide, everything else on every device.
+            it has one and they divide, everything else on every device. Its axes are used as Auto,
+            also where they are Explicit.
         revision: branch, tag or commit of a hub id.
 
     Returns:
@@ -83,8 +85,10 @@ def from_pretrained(
         CheckpointError: listing every tensor that is missing, left over or of another shape, and
             every config field that is not supported.
         ValueError: for another dtype.
+        TypeError: for a path or a mesh that is none.
     """
     dtype = None if dtype is None else _checked_dtype(dtype)
+    mesh = _auto(mesh)
     folder = local_folder(path_or_repo_id, revision=revision)
     if (folder / NATIVE_CONFIG).is_file():
         return _restore(folder, dtype, mesh)
@@ -119,6 +123,9 @@ def save(model: Transformer, path: str | Path) -> None:
     """
     import orbax.checkpoint as ocp
 
+    if not isinstance(model, Transformer):
+        do = "pass the model first"
+        raise TypeError(expected("model", "a Transformer", type(model).__name__, do))
     folder = Path(path).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         do = "remove it, or choose another"
@@ -128,7 +135,7 @@ def save(model: Transformer, path: str | Path) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / NATIVE_WEIGHTS, {_name(path): leaf for path, leaf in leaves})
     # Written last: a folder without it is not a checkpoint.
-    about = {"format": 1, "config": asdict(model.config)}
+    about = {"format": FORMAT, "config": asdict(model.config)}
     (folder / NATIVE_CONFIG).write_text(json.dumps(about, indent=1))
 
 
@@ -158,9 +165,14 @@ def local_folder(
     Raises:
         CheckpointError: if there is neither.
     """
+    if not isinstance(path_or_repo_id, str | Path) or not str(path_or_repo_id).strip():
+        do = "give a folder or a hub id"
+        raise TypeError(expected("path_or_repo_id", "a path or a name", repr(path_or_repo_id), do))
     folder, reason = Path(path_or_repo_id), "there is no such folder"
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        reason = f"that is a file; give its folder, {str(folder.parent)!r}"
     if isinstance(path_or_repo_id, str) and not folder.exists():
         import huggingface_hub
 
@@ -341,6 +353,9 @@ def _restore(folder: Path, dtype: str | None, mesh: Mesh | None) -> Transformer:
 
     file = folder / NATIVE_CONFIG
     about = _json(file, "a checkpoint made by `save`")
+    if about.get("format") != FORMAT:
+        do = "read it with the version of arrakis_jax that wrote it, or convert it again"
+        raise CheckpointError(expected("format", str(FORMAT), repr(about.get("format")), do))
     try:
         fields = dict(about["config"])
         if fields.get("rope_scaling"):
@@ -448,6 +463,16 @@ def _widest(dtypes: set[np.dtype]) -> str:
     if dtypes == {STORED["BF16"]}:
         return "bfloat16"
     return np.result_type(np.float32, *dtypes).name
+
+
+def _auto(mesh: Any) -> Mesh | None:
+    """The mesh with Auto axes: Explicit ones, JAX's default, are not for plain model code."""
+    if mesh is None:
+        return None
+    if not isinstance(mesh, Mesh):
+        do = "make one with jax.make_mesh"
+        raise TypeError(expected("mesh", "a jax.sharding.Mesh or None", type(mesh).__name__, do))
+    return Mesh(mesh.devices, mesh.axis_names)
 
 
 def _checked_dtype(dtype: Any) -> str:

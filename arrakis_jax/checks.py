@@ -16,7 +16,7 @@ from jax.core import Tracer
 from arrakis_jax.axes import Array, Bool, Int
 from arrakis_jax.config import ModelConfig
 from arrakis_jax.errors import expected
-from arrakis_jax.residuals import ModelOutput, ResidualStream
+from arrakis_jax.residuals import ModelOutput, ResidualStream, as_tuple
 
 # Argument types, spelled for the docstrings of public functions.
 Tokens = Int[Array, "B T"] | np.ndarray | list
@@ -168,6 +168,38 @@ def checked_position(position: Any, n_rows: int, mask: Any, length: int) -> Arra
     return _int32(position, (n_rows,))
 
 
+def longest_row(shape: tuple[int, ...], mask: Any) -> int:
+    """The most real tokens that a row has, or T if the mask cannot be read."""
+    real = None if mask is None else host(mask)
+    return shape[-1] if real is None else int(real.sum(-1).max(initial=0))
+
+
+def checked_positions(
+    positions: Any, shape: tuple[int, ...], mask: Any, *, name: str = "positions"
+) -> tuple[int, ...] | None:
+    """Positions as a tuple of ints, each of which some row has; None for None.
+
+    Raises:
+        TypeError: positions that are not integers, or not known before tracing.
+        IndexError: a position that no row has.
+    """
+    positions = as_tuple(name, positions)
+    longest = longest_row(shape, mask)
+    for position in positions or ():
+        if not -longest <= position < longest:
+            do = "no row has such a token; positions count a row's real tokens"
+            raise IndexError(expected(name, f"in [-{longest}, {longest})", position, do))
+    return positions
+
+
+def checked_layers(layers: Any, n_layers: int) -> tuple[int, ...] | None:
+    """Layers as an ascending tuple of ints counted from 0, each once; None for None."""
+    layers = as_tuple("layers", layers)
+    if layers is None:
+        return None
+    return tuple(sorted({checked_layer(i, n_layers, name="layers") for i in layers}))
+
+
 def checked_layer(layer: Any, n_layers: int, *, name: str = "layer_idx", end: int = 0) -> Any:
     """A layer counted from 0: an int, or a traced scalar as it is (negative ones from the end).
 
@@ -191,6 +223,14 @@ def checked_layer(layer: Any, n_layers: int, *, name: str = "layer_idx", end: in
         must = f"in [{-n_layers}, {n_layers + end})"
         raise IndexError(expected(name, must, int(value), do))
     return int(value) + n_layers * (value < 0).item()
+
+
+def checked_count(name: str, value: Any, most: int) -> None:
+    """Raises unless `value` is an int in [1, most]."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or not 1 <= value <= most:
+        do = "there are no more"
+        raise ValueError(expected(name, f"an int in [1, {most}]", value, do))
 
 
 def checked_choice(name: str, value: Any, choices: tuple) -> None:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from arrakis_jax.attribution.features import feature_attribution
@@ -57,8 +58,10 @@ def analyze(
     with _one_line_errors():
         if not text.strip():
             raise ValueError(expected("text", "a text of at least one token", repr(text), "see -h"))
-        if json_file is not None and not json_file.absolute().parent.is_dir():
-            must, do = "a file in an existing folder", "make the folder first"
+        if json_file is not None and (
+            json_file.is_dir() or not json_file.absolute().parent.is_dir()
+        ):
+            must, do = "a file in an existing folder", "name a file, and make its folder first"
             raise ValueError(expected("--json", must, repr(str(json_file)), do))
         _use_compilation_cache()
         source = FOLDER if model is None else model
@@ -148,11 +151,10 @@ def _terms(attribution: LogitAttribution) -> list[dict[str, Any]]:
 
 
 def _print(result: dict[str, Any], console: Console) -> None:
-    console.print(f"[bold]{_literal(result['text'])}[/] →{_literal(result['prediction'])}")
+    console.print(f"[bold]{escape(result['text'])}[/] →{escape(result['prediction'])}")
     difference = result["logit_difference"]
-    console.print(
-        f"logit of {result['target']!r} less that of {result['against']!r}: {difference:+.3f}\n"
-    )
+    names = escape(f"logit of {result['target']!r} less that of {result['against']!r}")
+    console.print(f"{names}: {difference:+.3f}\n")
     total = sum(term["value"] for term in result["components"]) + result["constant"]
     table = _table("What writes the difference", "component", "logits")
     for term in result["components"]:
@@ -177,7 +179,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
 
     table = _table("Which input tokens caused it", "token", "logits")
     for row in result["tokens"]:
-        table.add_row(repr(row["token"]), *_bar(row["value"], result["tokens"]))
+        table.add_row(escape(repr(row["token"])), *_bar(row["value"], result["tokens"]))
     console.print(table)
 
 
@@ -201,10 +203,6 @@ def _name(term: dict[str, Any]) -> str:
         return term["kind"]
     index = "" if term["index"] is None else f" {term['index']}"
     return f"layer {term['layer']} {term['kind']}{index}"
-
-
-def _literal(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def _use_compilation_cache() -> None:

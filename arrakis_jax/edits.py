@@ -11,11 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from arrakis_jax.axes import Array, Int
 from arrakis_jax.checks import host
+from arrakis_jax.config import ModelConfig
 from arrakis_jax.errors import expected
-from arrakis_jax.residuals import FIELDS, UNSTACKED
+from arrakis_jax.residuals import FIELDS, UNSTACKED, lacking
 
 EDIT_SITES = (*FIELDS, "resid_post")
 
@@ -51,9 +53,11 @@ class Edit:
         """The edit with its layer counted from 0 and its position as a `[B,T]` selection."""
         layer, position = self.layer, self.position
         if layer is not None:
-            layer = jnp.where(jnp.asarray(layer) < 0, layer + n_layers, layer)
+            layer = jnp.asarray(layer)
+            layer = jnp.where(layer < 0, layer + n_layers, layer)
         if position is not None:
-            wanted_B = jnp.where(jnp.asarray(position) < 0, position + count_B, position)
+            position = jnp.asarray(position)
+            wanted_B = jnp.where(position < 0, position + count_B, position)
             position = position_BT == wanted_B[:, None]
         return replace(self, layer=layer, position=position)
 
@@ -86,9 +90,9 @@ class Edit:
     def change(self, value: Array, layer: Int[Array, ""] | None, removed: list[int]) -> Array:
         """The changed value, before it is restricted to the selection."""
 
-    def operand(self, value: Array, removed: list[int]) -> Array:
-        """`self.value`, shaped to broadcast against the site's value."""
-        operand = jnp.asarray(self.value).astype(value.dtype)
+    def operand(self, value: Array, removed: list[int], given: Any = None) -> Array:
+        """`given` (or `self.value`), shaped to broadcast against the site's value."""
+        operand = jnp.asarray(self.value if given is None else given).astype(value.dtype)
         missing = value.ndim - len(removed) - operand.ndim
         if missing < 0:  # it has the site's own rank
             return operand
@@ -131,15 +135,19 @@ class Scale(Edit):
 class Project(Edit):
     """Projects the selected value off one direction `[D]` or the span of several `[N,D]`.
 
-    What is left is orthogonal to every direction. The directions need be neither orthogonal nor
-    of unit length, but must be linearly independent.
+    What is left is orthogonal to every direction. The directions need be neither orthogonal, nor
+    of unit length, nor linearly independent.
     """
 
     def change(self, value, layer, removed):  # noqa: D102
-        directions_ND = jnp.atleast_2d(jnp.asarray(self.value)).astype(value.dtype)
-        basis_DN = jnp.linalg.qr(directions_ND.T)[0]
-        inside = jnp.einsum("...D,DN->...N", value, basis_DN, precision="highest")
-        return value - jnp.einsum("...N,DN->...D", inside, basis_DN, precision="highest")
+        acc = jnp.promote_types(value.dtype, jnp.float32)
+        directions_ND = jnp.atleast_2d(jnp.asarray(self.value)).astype(acc)
+        basis_DN, size_N, _ = jnp.linalg.svd(directions_ND.T, full_matrices=False)
+        rounding = max(directions_ND.shape) * jnp.finfo(acc).eps * size_N[0]
+        basis_DN = jnp.where((size_N > rounding)[None], basis_DN, 0)
+        inside = jnp.einsum("...D,DN->...N", value.astype(acc), basis_DN, precision="highest")
+        span = jnp.einsum("...N,DN->...D", inside, basis_DN, precision="highest")
+        return (value.astype(acc) - span).astype(value.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -147,40 +155,67 @@ class Project(Edit):
 class Replace(Edit):
     """Puts the activations of another run in place: activation patching.
 
-    `value` is the captured field of that run: `[L,B,T,...]`, or `[B,T,...]` for `embed` and
-    `final` or for one layer.
+    `value` is the captured field of that run at all layers, `[L,B,T,...]`, of which each layer
+    takes its own; or what `Set` takes: `[B,T,...]` for `embed` and `final` or for one layer.
     """
 
+    def bind(self, n_layers, position_BT, count_B):  # noqa: D102
+        shape = jnp.shape(self.value)
+        rank = 1 - _AXES.get(self.site, (-2, None))[0] + (self.site == "pattern")
+        if self.site not in UNSTACKED and len(shape) == rank + 1 and shape[0] != n_layers:
+            must, do = f"of all {n_layers} layers, or of one", "give value[i] with layer=..."
+            raise ValueError(expected("value", must, f"shape {shape}", do))
+        return super().bind(n_layers, position_BT, count_B)
+
     def change(self, value, layer, removed):  # noqa: D102
-        other = jnp.asarray(self.value).astype(value.dtype)
+        other = jnp.asarray(self.value)
         if self.site not in UNSTACKED and other.ndim == value.ndim + 1:
             other = jax.lax.dynamic_index_in_dim(other, layer, keepdims=False)
-        return other
+        return self.operand(value, removed, other)
 
 
-def check_edits(edits: tuple, n_layers: int, n_heads: int, n_kv_heads: int) -> None:
-    """Raises for an unknown site and for a layer or head that is known and out of range."""
+def check_edits(edits: tuple, config: ModelConfig, longest: int) -> None:
+    """Raises for a site that the model does not have, and for what an edit cannot select.
+
+    `longest` is the number of real tokens of the longest row.
+    """
     for edit in edits:
         if not isinstance(edit, Edit):
             if not callable(edit):
                 do = "pass a tuple of Set, Add, Scale, Project, Replace or functions"
                 raise TypeError(expected("edits", "made of edits", repr(edit), do))
             continue
-        if edit.site not in EDIT_SITES:
-            raise ValueError(
-                expected("site", f"one of {EDIT_SITES}", repr(edit.site), "name one of them")
-            )
-        heads = n_kv_heads if edit.site in ("k", "v") else n_heads
-        has_heads = edit.site in ("q", "k", "v", "z", "pattern")
-        for name, size in (("layer", n_layers), ("head", heads)):
-            given = getattr(edit, name)
-            if given is None:
-                continue
-            if name == "head" and not has_heads:
-                do = "use site 'z' for a head's output"
-                raise ValueError(expected("head", f"None at site {edit.site!r}", given, do))
-            low = -size if name == "layer" else 0
-            values = host(given)
-            if values is not None and not ((low <= values) & (values < size)).all():
-                do = f"the model has {size} of them"
-                raise IndexError(expected(name, f"in [{low}, {size})", given, do))
+        absent = lacking(config)
+        sites = tuple(site for site in EDIT_SITES if site not in absent)
+        if edit.site not in sites:
+            do = "the model has no others"
+            raise ValueError(expected("site", f"one of {sites}", repr(edit.site), do))
+        if edit.site in UNSTACKED and edit.layer is not None:
+            got, do = edit.layer, "it is outside of the layers"
+            raise ValueError(expected("layer", f"None at site {edit.site!r}", got, do))
+        if edit.head is not None and edit.site not in ("q", "k", "v", "z", "pattern"):
+            do = "use site 'z' for a head's output"
+            raise ValueError(expected("head", f"None at site {edit.site!r}", edit.head, do))
+        n_heads = config.n_kv_heads if edit.site in ("k", "v") else config.n_heads
+        _check_index("layer", edit.layer, -config.n_layers, config.n_layers)
+        _check_index("head", edit.head, 0, n_heads)
+        _check_index("position", edit.position, -longest, longest, rank=1)
+        parts = jax.tree.leaves(edit.value)
+        arrays = [x if isinstance(x, jax.Array) else np.asarray(x) for x in parts]
+        if not arrays or any(x.dtype.kind in "OUS" for x in arrays):
+            do = "give what is set, added, multiplied, projected off or put in place"
+            raise TypeError(expected("value", "numbers", repr(edit.value), do))
+
+
+def _check_index(name: str, given: Any, low: int, high: int, rank: int = 0) -> None:
+    """Raises unless it is None, or integers of at most this rank in [low, high)."""
+    if given is None:
+        return
+    array = given if isinstance(given, jax.Array) else np.asarray(given)
+    if array.ndim > rank or not jnp.issubdtype(array.dtype, jnp.integer):
+        must = "an integer, or one a row" if rank else "an integer"
+        raise TypeError(expected(name, must, repr(given), "leave it out to select all of them"))
+    values = host(array)
+    if values is not None and not ((low <= values) & (values < high)).all():
+        do = "positions count real tokens" if rank else f"the model has {high} of them"
+        raise IndexError(expected(name, f"in [{low}, {high})", given, do))

@@ -1,6 +1,6 @@
 """Compiled, checked entries to the forward, and how every tool is compiled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
@@ -10,7 +10,15 @@ import numpy as np
 from jax.core import Tracer
 
 from arrakis_jax.axes import Array, Float, Int
-from arrakis_jax.checks import Mask, Tokens, checked_layer, checked_tokens, host
+from arrakis_jax.checks import (
+    Mask,
+    Tokens,
+    checked_layer,
+    checked_positions,
+    checked_tokens,
+    host,
+    longest_row,
+)
 from arrakis_jax.edits import Edit, check_edits
 from arrakis_jax.errors import expected
 from arrakis_jax.nn.transformer import Edits, Transformer
@@ -82,7 +90,9 @@ def run(
     """
     tokens, mask = checked_tokens(model.config, tokens, mask, check=check)
     edits = checked_edits(model, edits, tokens.shape, mask)
-    return _run(model, tokens, mask, edits, capture=as_capture(capture))
+    capture = as_capture(capture)
+    checked_positions(capture.positions, tokens.shape, mask)
+    return _run(model, tokens, mask, edits, capture=capture)
 
 
 @compiled("capture")
@@ -115,10 +125,10 @@ def resume(
     Returns:
         Logits, with `final` and `norm_final_scale` in the residual stream.
     """
-    shape = (*jnp.shape(x)[:-1], model.config.d_model)
-    if jnp.ndim(x) != 3 or jnp.shape(x) != shape:
+    x = jnp.asarray(x)
+    if x.ndim != 3 or x.shape[-1] != model.config.d_model:
         do = "pass one stream point, such as residuals.resid_pre[start]"
-        got = f"shape {jnp.shape(x)}"
+        got = f"shape {x.shape}"
         raise ValueError(expected("x", f"`[B,T,{model.config.d_model}]`", got, do))
     if mask is not None:
         mask = checked_tokens(model.config, jnp.zeros(x.shape[:2], int), mask)[1]
@@ -143,22 +153,28 @@ def checked_edits(
     model: Transformer, edits: Edits, shape: tuple[int, ...], mask: Array | None
 ) -> Edits:
     """The edits of tokens of this shape, checked; functions as pytrees, so that jit takes them."""
-    edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
-    config = model.config
-    check_edits(edits, config.n_layers, config.n_heads, config.n_kv_heads)
-    real = None if mask is None else host(mask)
-    longest = shape[1] if real is None else int(real.sum(-1).max())
-    for edit in edits:
-        given = edit.position if isinstance(edit, Edit) else None
-        position = None if given is None else host(given)
-        if position is not None and not np.all((-longest <= position) & (position < longest)):
-            do = "no row has such a token; positions count a row's real tokens"
-            raise IndexError(expected("position", f"in [-{longest}, {longest})", position, do))
+    if isinstance(edits, Edit) or callable(edits):
+        edits = (edits,)
+    if not isinstance(edits, Iterable):
+        do = "pass a tuple of Set, Add, Scale, Project, Replace or functions"
+        raise TypeError(expected("edits", "edits", repr(edits), do))
+    edits = tuple(edits)
+    check_edits(edits, model.config, longest_row(shape, mask))
     return tuple(e if isinstance(e, Edit) else jax.tree_util.Partial(e) for e in edits)
 
 
-def stream_of(source: Any) -> ResidualStream | None:
-    """The residual stream in a ResidualStream or ModelOutput; None for anything else (tokens)."""
-    if isinstance(source, ModelOutput):
-        return source.residuals
-    return source if isinstance(source, ResidualStream) else None
+def stream_of(source: Any, mask: Mask | None = None) -> ResidualStream | None:
+    """The residual stream in a ResidualStream or ModelOutput; None for anything else (tokens).
+
+    Raises:
+        ValueError: for a mask that is not the stream's own.
+    """
+    stream = source.residuals if isinstance(source, ModelOutput) else source
+    if not isinstance(stream, ResidualStream):
+        return None
+    if mask is not None:
+        given, own = host(mask), None if stream.mask is None else host(stream.mask)
+        if given is not None and own is not None and not np.array_equal(given, own):
+            got, do = "another one", "leave it out"
+            raise ValueError(expected("mask", "the stream's own, or None", got, do))
+    return stream

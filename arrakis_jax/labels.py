@@ -85,5 +85,7 @@ class Labels(Sequence):
         raise ValueError(f"`kind` must be one of {kinds}, got {kind!r}; choose another `by`")
 
     def where(self, kind: str) -> list[int]:
-        """The indices of every term of this kind."""
+        """The indices of every term of this kind; ValueError if there is no such kind."""
+        if kind not in self.first:
+            self.start(kind)
         return [i for i, label in enumerate(self) if label.kind == kind]

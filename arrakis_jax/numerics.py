@@ -15,8 +15,8 @@ def contract(spec: str, *operands: Array) -> Array:
 def norm(x: Float[Array, "... D"]) -> Float[Array, "..."]:
     """Euclidean norm over the last axis, with gradient zero (not NaN) at zero."""
     square = jnp.sum(jnp.square(x), -1)
-    positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+    zero = square == 0  # NaN is not, and stays
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
 
 
 def ratio(a: Array, b: Array) -> Array:

@@ -41,12 +41,14 @@ class ResidualTools:
             layer_idx: an int in [-L, L), or a traced scalar.
             **options: with token ids, those of `run`: `mask`, `edits`, `check`.
         """
-        if stream_of(activations) is None:
+        stream = stream_of(activations, options.get("mask"))
+        if stream is None:
             tokens, options = self._tokens("activations", activations, options)
             activations = run(self.model, tokens, capture=_LAYER, **options)
-        elif options:
+        elif options.keys() - {"mask"}:
             do = "they belong to the forward, which has been run"
-            raise TypeError(expected("options", "none with a stream", sorted(options), do))
+            got = sorted(options.keys() - {"mask"})
+            raise TypeError(expected("options", "none with a stream", got, do))
         return residual_decomposition(activations, layer_idx)
 
     def residual_movement(

@@ -1,12 +1,16 @@
 """The pytrees that everything speaks: the residual stream, what to capture of it, and edits."""
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from arrakis_jax.axes import Array, Bool, Float, Int
+from arrakis_jax.config import ModelConfig
 from arrakis_jax.errors import NotCapturedError, expected
 from arrakis_jax.places import Places
 
@@ -52,6 +56,7 @@ class ResidualStream:
         mask: `[B,T]` bool, True at real tokens.
         layers: the layers held, ascending, or None for all.
         positions: the positions held, or None for all.
+        lacks: the fields that the model itself does not have, such as an MLP's.
     """
 
     embed: Float[Array, "B T D"] = ABSENT
@@ -73,6 +78,7 @@ class ResidualStream:
     mask: Bool[Array, "B T"] = ABSENT
     layers: tuple[int, ...] | None = field(default=None, metadata={"static": True})
     positions: tuple[int, ...] | None = field(default=None, metadata={"static": True})
+    lacks: tuple[str, ...] = field(default=(), metadata={"static": True})
 
     @property
     def resid_post(self) -> Float[Array, "L B T D"]:
@@ -82,7 +88,7 @@ class ResidualStream:
 
     def need(self, *names: str, all_layers: bool = False, all_positions: bool = False) -> None:
         """Raises NotCapturedError unless every named field is here, for all layers if asked."""
-        missing = [name for name in names if getattr(self, name) is None]
+        missing = [n for n in names if getattr(self, n) is None and n not in self.lacks]
         if missing:
             raise NotCapturedError(
                 f"`residuals` must be captured with {missing}, got a stream without; "
@@ -128,7 +134,7 @@ class ResidualStream:
         }
         if self.tokens is not None:
             fields_at["tokens"] = jnp.take_along_axis(self.tokens, index, -1)
-        return ResidualStream(**fields_at, mask=valid, layers=self.layers)
+        return ResidualStream(**fields_at, mask=valid, layers=self.layers, lacks=self.lacks)
 
     def squeezed(self) -> "ResidualStream":
         """A stream at one position, without the position axis."""
@@ -139,19 +145,23 @@ class ResidualStream:
         }
         if self.tokens is not None:
             values["tokens"] = self.tokens[..., 0]
-        return ResidualStream(**values, mask=self.mask[..., 0], layers=self.layers)
+        return replace(self, **values, mask=self.mask[..., 0], positions=None)
 
     def batch_axes(self) -> "ResidualStream":
         """The `in_axes` pytree with which `jax.vmap` maps over the examples of the batch."""
         axes: dict[str, Any] = {
             f.name: 0 if f.name in (*UNSTACKED, "tokens", "mask") else 1
             for f in fields(self)
-            if f.name not in ("layers", "positions") and getattr(self, f.name) is not None
+            if f.name not in ("layers", "positions", "lacks") and getattr(self, f.name) is not None
         }
-        return ResidualStream(**axes, layers=self.layers, positions=self.positions)
+        return replace(self, **axes)
 
     def example(self, b: int) -> "ResidualStream":
         """The stream of example `b`, without the batch axis: what vmap hands to its function."""
+        self.need("mask")
+        n = self.mask.shape[0]
+        if not isinstance(b, Tracer) and not -n <= b < n:
+            raise IndexError(expected("b", f"in [{-n}, {n})", b, f"the batch has {n} examples"))
         return jax.tree.map(lambda x, axis: jnp.take(x, b, axis), self, self.batch_axes())
 
 
@@ -180,11 +190,44 @@ class Capture:
     positions: tuple[int, ...] | None = None
 
     def __post_init__(self):
+        if isinstance(self.fields, str) or not isinstance(self.fields, Iterable):
+            do = f"write ({self.fields!r},) for one"
+            raise TypeError(expected("fields", "a tuple of names", repr(self.fields), do))
+        object.__setattr__(self, "fields", tuple(self.fields))  # a list would not hash
+        for name in ("layers", "positions"):
+            object.__setattr__(self, name, as_tuple(name, getattr(self, name)))
         unknown = [name for name in self.fields if name not in (*FIELDS, "logits")]
         if unknown:
             raise ValueError(
                 expected("capture", f"made of {(*FIELDS, 'logits')}", unknown, "name such fields")
             )
+
+
+def as_tuple(name: str, values: Any) -> tuple[int, ...] | None:
+    """A tuple of ints from any concrete integers; None for None, TypeError for anything else."""
+    if values is None:
+        return None
+    array = None if isinstance(values, Tracer) else _integers(values)
+    if array is None:
+        do = "they decide the result's shape, so they must be known before tracing"
+        raise TypeError(expected(name, "a tuple of integers, or None", repr(values), do))
+    return tuple(array.tolist())
+
+
+def _integers(values: Any) -> np.ndarray | None:
+    try:
+        array = np.array(values if isinstance(values, np.ndarray) else list(values))
+    except (TypeError, ValueError):  # no sequence, or one of traced or unequal things
+        return None
+    if array.ndim == 1 and (array.size == 0 or np.issubdtype(array.dtype, np.integer)):
+        return array.astype(int)
+    return None
+
+
+def lacking(config: ModelConfig) -> tuple[str, ...]:
+    """The fields of a residual stream that a model of this config does not have."""
+    mlp = () if config.d_mlp else ("mlp_out", "mlp_act", "norm_mlp_scale")
+    return mlp if config.norm else tuple(sorted({*mlp, *SCALES}))
 
 
 DEFAULT_CAPTURE = Capture(("logits", *STREAM, *SCALES))
@@ -200,6 +243,9 @@ def as_capture(capture: "str | tuple[str, ...] | Capture") -> Capture:
             do = f"for one field write ({capture!r},)"
             raise ValueError(expected("capture", f"one of {tuple(CAPTURES)}", repr(capture), do))
         return CAPTURES[capture]
+    if not isinstance(capture, Iterable):
+        must, do = "'residuals', 'all', field names or a Capture", "name what to keep"
+        raise TypeError(expected("capture", must, repr(capture), do))
     return Capture(tuple(capture))
 
 

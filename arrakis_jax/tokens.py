@@ -1,6 +1,6 @@
 """Tokenizers: the checkpoint's own, prompts to padded batches, a text to its one token."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,6 +78,9 @@ def encode(
     checked_choice("side", side, ("left", "right"))
     checked_choice("bos", bos, ("model", True, False))
     bos = bos if bos == "model" else bool(bos)
+    if not isinstance(prompts, Iterable):
+        do = "pass one text, or a list of texts"
+        raise TypeError(expected("prompts", "texts", type(prompts).__name__, do))
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     wrong = [text for text in texts if not isinstance(text, str)]
     if wrong:

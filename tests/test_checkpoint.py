@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from arrakis_jax import checkpoint
+from arrakis_jax import checkpoint, run
 from arrakis_jax.checkpoint import from_pretrained, save
 from arrakis_jax.config import RopeScaling
 from arrakis_jax.errors import CheckpointError
@@ -249,6 +249,9 @@ def test_broken_native_checkpoints(tmp_path):
     about.write_text(text.replace("n_layers", "layers"))
     with pytest.raises(CheckpointError, match="`arrakis_jax.json` must be .*, got"):
         from_pretrained(tmp_path / "native")
+    about.write_text(text.replace('"format": 1', '"format": 99'))
+    with pytest.raises(CheckpointError, match="`format` must be 1, got 99"):
+        from_pretrained(tmp_path / "native")
     mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     for old, new in (('"d_mlp": 40', '"d_mlp": 41'), ('"tied": false', '"tied": true')):
         assert old in text
@@ -401,3 +404,25 @@ def test_stories_continue_as_published(stories):
         mask = np.arange(len(want))[None] < t
         tokens[0, t] = step(tokens, mask)[0, t - 1].argmax()
     np.testing.assert_array_equal(tokens[0], want)
+
+
+def test_arguments_that_are_none(tmp_path):
+    folder = write(tmp_path / "hf")
+    for call, error, message in [
+        (lambda: from_pretrained(None), TypeError, "`path_or_repo_id` must be a path or a name"),
+        (lambda: from_pretrained(""), TypeError, "`path_or_repo_id` must be a path or a name"),
+        (lambda: from_pretrained(folder, mesh="x"), TypeError, "`mesh` must be a .*, got str"),
+        (lambda: save(3, tmp_path / "new"), TypeError, "`model` must be a Transformer, got int"),
+        (lambda: from_pretrained(folder / "model.safetensors"), CheckpointError,
+         "that is a file; give its folder"),
+    ]:  # fmt: skip
+        with pytest.raises(error, match=message):
+            call()
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_explicit_mesh_serves_as_an_auto_one(tmp_path):
+    """JAX's default for make_mesh."""
+    folder, mesh = write(tmp_path / "hf"), jax.make_mesh((2, 4), ("data", "model"))
+    sharded, plain = from_pretrained(folder, mesh=mesh), from_pretrained(folder)
+    np.testing.assert_allclose(run(sharded, TOKENS).logits, run(plain, TOKENS).logits, atol=1e-4)

@@ -104,8 +104,11 @@ def feature_attribution(
                 do = "leave it out, or choose method='integrated_gradients'"
                 raise ValueError(expected(name, f"None with method={method!r}", value, do))
         return _at_input(model, tokens, mask, target, method=method)
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise ValueError(expected("steps", "a positive int or None", steps, "try 64"))
+    if steps is not None:
+        whole = isinstance(steps, int | np.integer) and not isinstance(steps, bool)
+        if not whole or steps < 1:
+            raise ValueError(expected("steps", "a positive int or None", steps, "try 64"))
+        steps = int(steps)
     baseline = _checked_baseline(model, baseline, tokens.shape)
     if steps is not None:
         return _along_path(model, tokens, mask, target, baseline, steps=steps)
@@ -132,6 +135,8 @@ def _checked_baseline(model: Transformer, baseline: Any, shape: tuple[int, ...])
         must = f"of shape {full[2:]}, {full[1:]} or {full}"
         raise ValueError(expected("baseline", must, f"shape {given}", do))
     values = host(baseline)
+    if values is not None and not np.isfinite(values).all():
+        raise ValueError(expected("baseline", "finite", "NaN or infinity", "give embeddings"))
     fragile = model.config.norm == "rmsnorm" and model.w_pos is None
     if fragile and values is not None and not values.any():
         warnings.warn(

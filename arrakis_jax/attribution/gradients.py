@@ -13,7 +13,9 @@ from arrakis_jax.checks import (
     Mask,
     Tokens,
     checked_ids,
+    checked_layers,
     checked_position,
+    checked_positions,
     checked_tokens,
 )
 from arrakis_jax.forward import compiled
@@ -22,9 +24,11 @@ from arrakis_jax.numerics import contract
 from arrakis_jax.residuals import (
     INTERNAL,
     SCALES,
+    UNSTACKED,
     Capture,
     ResidualStream,
     as_capture,
+    lacking,
 )
 
 
@@ -50,10 +54,8 @@ class Target:
 
     def offset(self, model: Transformer) -> Float[Array, " B"]:
         """What the unembedding's bias adds."""
-        if model.b_u is None:
-            return jnp.zeros(self.ids.shape, model.config.acc)
-        b_u = model.b_u[...].astype(model.config.acc)
-        return b_u[self.ids] - (0 if self.against is None else b_u[self.against])
+        b_B = model.unembedding_bias(self.ids)
+        return b_B if self.against is None else b_B - model.unembedding_bias(self.against)
 
 
 def checked_target(
@@ -83,10 +85,10 @@ def target_value(
     """The target of each row from the embedded stream, unembedding only the tokens it reads."""
     fields = tuple({*capture, "final"})
     stream = model.after_embedding(x_BTD, mask=mask, capture=Capture(fields), taps=taps).residuals
-    final_BD = stream.at(target.position[:, None]).final[:, 0]
-    y_BD = model.final_norm(final_BD)
+    read = stream.at(target.position[:, None]).squeezed()
+    y_BD = model.final_norm(read.final)
     value = contract("BD,BD->B", y_BD, target.direction(model)) + target.offset(model)
-    return value, stream
+    return jnp.where(read.mask, value, jnp.nan), stream
 
 
 def tapped_gradients(
@@ -128,7 +130,7 @@ def residual_gradients(
     against: Ids | None = None,
     position: int | Array = -1,
     mask: Mask | None = None,
-    capture: str | tuple[str, ...] = "residuals",
+    capture: str | tuple[str, ...] | Capture = "residuals",
     check: bool = False,
 ) -> ResidualStream:
     """The gradient of a logit or logit difference at every site, in one backward pass.
@@ -145,7 +147,8 @@ def residual_gradients(
         position: where the logit is read, counted in real tokens: an int or `[B]`.
         mask: `[B,T]`.
         capture: the sites: "residuals" (the stream's own), "all" (q, k, v, pattern, z and mlp_act
-            too), or a tuple of names. Norm scales have no gradient of their own here.
+            too), a tuple of names, or a Capture, which also selects layers and positions (all of
+            them are differentiated). Norm scales have no gradient of their own here.
         check: also check the values of arrays that are on an accelerator.
 
     Returns:
@@ -158,14 +161,20 @@ def residual_gradients(
     """
     tokens, mask = checked_tokens(model.config, tokens, mask, check=check)
     target = checked_target(model, tokens, targets, against, position, mask, "targets")
-    names = tuple(n for n in as_capture(capture).fields if n not in (*SCALES, "logits"))
-    return _residual_gradients(model, tokens, mask, target, sites=names)
+    wanted = as_capture(capture)
+    names = tuple(n for n in wanted.fields if n not in (*SCALES, "logits"))
+    layers = checked_layers(wanted.layers, model.config.n_layers)
+    positions = checked_positions(wanted.positions, tokens.shape, mask)
+    return _residual_gradients(
+        model, tokens, mask, target, sites=names, layers=layers, positions=positions
+    )
 
 
-@compiled("sites")
-def _residual_gradients(model, tokens, mask, target, *, sites):
+@compiled("sites", "layers", "positions")
+def _residual_gradients(model, tokens, mask, target, *, sites, layers, positions):
     config = model.config
-    sites = tuple(s for s in sites if config.d_mlp or s not in ("mlp_out", "mlp_act"))
+    lacks = lacking(config)
+    sites = tuple(s for s in sites if s not in lacks)
     inside = tuple(s for s in sites if s in INTERNAL)
     x_BTD = model.embed(tokens, mask=mask)
     taps = ("resid_pre", "resid_mid", "final", *inside)
@@ -176,4 +185,9 @@ def _residual_gradients(model, tokens, mask, target, *, sites):
         "attn_out": gradients["resid_mid"],
         "mlp_out": jnp.concatenate([resid_pre[1:], final[None]])[: config.n_layers],
     }
-    return ResidualStream(**{name: every[name] for name in sites}, tokens=tokens, mask=stream.mask)
+    chosen: dict[str, Any] = {name: every[name] for name in sites}
+    if layers is not None:
+        rows = jnp.array(layers, int)
+        chosen = {n: x if n in UNSTACKED else x[rows] for n, x in chosen.items()}
+    result = ResidualStream(**chosen, tokens=tokens, mask=stream.mask, layers=layers, lacks=lacks)
+    return result if positions is None else result.at(positions)

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from arrakis_jax.axes import Array, Float, Int
-from arrakis_jax.checks import Mask, checked_choice, checked_layer, checked_tokens
+from arrakis_jax.checks import (
+    Mask,
+    checked_choice,
+    checked_count,
+    checked_layer,
+    checked_layers,
+    checked_positions,
+    checked_tokens,
+)
 from arrakis_jax.errors import expected
 from arrakis_jax.forward import compiled, stream_of
 from arrakis_jax.labels import Labels
@@ -79,9 +87,7 @@ class Decomposition:
     def top(self, k: int) -> Top:
         """The k terms of largest norm at every position."""
         norms_BTC = jnp.moveaxis(self.norms(), 0, -1)
-        if not 1 <= k <= norms_BTC.shape[-1]:
-            must, do = f"in [1, {norms_BTC.shape[-1]}]", "there are no more terms"
-            raise ValueError(expected("k", must, k, do))
+        checked_count("k", k, norms_BTC.shape[-1])
         value, index = jax.lax.top_k(norms_BTC, k)
         return Top(jnp.moveaxis(value, -1, 0), jnp.moveaxis(index, -1, 0))
 
@@ -209,14 +215,14 @@ def decompose(
             raise ValueError(expected("at", "'final' when layer is given", repr(at), do))
         at = ("resid_post", layer)
     ends = checked_point(at, config.n_layers)
-    if layers is not None:
-        layers = tuple(sorted(checked_layer(i, config.n_layers, name="layers") for i in layers))
-    if positions is not None:
-        positions = tuple(int(p) for p in positions)
-    stream = stream_of(residuals)
+    layers = checked_layers(layers, config.n_layers)
+    stream = stream_of(residuals, mask)
     if stream is not None:
+        stream.need("mask")
+        positions = checked_positions(positions, stream.mask.shape, stream.mask)
         return _decompose(model, stream, ends=ends, by=by, layers=layers, positions=positions)
     tokens, mask = checked_tokens(config, residuals, mask, name="residuals")
+    positions = checked_positions(positions, tokens.shape, mask)
     return _run_and_decompose(
         model, tokens, mask, ends=ends, by=by, layers=layers, positions=positions
     )
@@ -271,7 +277,7 @@ def factors(
 ) -> Decomposition:
     """The uncompiled `decompose` of a located stream, whatever its axes between L and D."""
     config = model.config
-    stream.need(*(name for name in _CAPTURE[by] if name != "mlp_out" or config.d_mlp))
+    stream.need(*_CAPTURE[by])
     wanted = tuple(range(ends[0])) if layers is None else tuple(i for i in layers if i < ends[0])
     rows = _rows(stream, wanted)
     real = stream.mask[..., None]

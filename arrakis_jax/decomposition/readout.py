@@ -1,6 +1,7 @@
 """What wrote a logit: every term's share, through the final norm with its scale as it was."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,14 @@ from arrakis_jax.checks import (
     Mask,
     Tokens,
     checked_choice,
+    checked_count,
     checked_ids,
     checked_position,
     checked_tokens,
+    host,
 )
 from arrakis_jax.decomposition.direct import BY, capture_for, factors, located
-from arrakis_jax.errors import expected
+from arrakis_jax.errors import NotCapturedError
 from arrakis_jax.forward import compiled, stream_of
 from arrakis_jax.labels import Labels
 from arrakis_jax.nn.transformer import Transformer
@@ -59,9 +62,7 @@ class LogitAttribution:
 
     def top(self, k: int) -> tuple[Array, Array]:
         """The k terms of largest absolute value: their values and indices, `[k,B]` each."""
-        if not 1 <= k <= len(self.labels):
-            do = "there are no more terms"
-            raise ValueError(expected("k", f"in [1, {len(self.labels)}]", k, do))
+        checked_count("k", k, len(self.labels))
         terms = jnp.moveaxis(self.terms, 0, -1)
         index = jax.lax.top_k(jnp.abs(terms), k)[1]
         value = jnp.take_along_axis(terms, index, -1)
@@ -110,30 +111,44 @@ def logit_attribution(
     """
     checked_choice("by", by, BY)
     config = model.config
-    stream = stream_of(tokens)
+    stream = stream_of(tokens, mask)
     if stream is None:
         tokens, mask = checked_tokens(config, tokens, mask, check=check)
         shape = tokens.shape
     else:
         stream.need("mask", all_layers=True)
         shape, mask = stream.mask.shape, stream.mask
+    held = None if stream is None else stream.positions
     if position is None:
-        if stream is not None and stream.positions is not None:
-            shape = (*shape[:-1], len(stream.positions))
+        shape = shape if held is None else (*shape[:-1], len(held))
     else:
-        static = position if isinstance(position, int) else None
-        rows = shape[0] if len(shape) == 2 else 1
-        position = checked_position(position, rows, mask if len(shape) == 2 else None, shape[-1])
+        given = position
+        rows = (shape[0], mask) if len(shape) == 2 else (1, None if mask is None else mask[None])
+        position = checked_position(given, *rows, shape[-1])
         shape = shape[:-1]
         position = position.reshape(shape)
+        column = None if held is None else _column(given, held)
     targets = checked_ids(config, targets, shape, check=check)
     if against is not None:
         against = checked_ids(config, against, shape, name="against", check=check)
     if stream is None:
         return _run_and_attribute(model, tokens, mask, position, targets, against, by=by)
-    if position is not None and stream.positions is not None:
-        return _attribute(model, stream, None, targets, against, by=by, column=static)
+    if position is not None and column is not None:
+        return _attribute(model, stream, None, targets, against, by=by, column=column)
     return _attribute(model, stream, position, targets, against, by=by, column=None)
+
+
+def _column(position: Any, held: tuple[int, ...]) -> int:
+    """The one position asked for, as one of those that a stream holds."""
+    values = host(position)
+    chosen = set() if values is None else set(values.ravel().tolist())
+    if len(chosen) != 1 or not chosen <= set(held):
+        got = "a traced one" if values is None else f"{values.tolist()}"
+        raise NotCapturedError(
+            f"`position` must be one of those captured, {held}, the same in every row, got {got}; "
+            "run the model with positions=None in its Capture"
+        )
+    return chosen.pop()
 
 
 @compiled("by", "column")
@@ -145,9 +160,9 @@ def _attribute(model, stream, position, targets, against, *, by, column):
         stream = stream.at(position[..., None])
     else:
         stream, number = located(stream, None)
-    if column is not None or position is not None:
-        stream, number = stream.squeezed(), number[..., 0]
-    return attribution(model, stream, number, targets, against, by)
+    if column is None and position is None:
+        return attribution(model, stream, number, targets, against, by)
+    return attribution(model, stream.squeezed(), number[..., 0], targets, against, by, jnp.nan)
 
 
 @compiled("by")
@@ -160,9 +175,9 @@ def _run_and_attribute(model, tokens, mask, position, targets, against, *, by):
     stream = model.after_embedding(
         model.embed(tokens, mask=mask), mask=mask, capture=Capture(capture_for(by)), at=at
     ).residuals
-    if position is not None:
-        stream = stream.squeezed()
-    return attribution(model, stream, number, targets, against, by)
+    if position is None:
+        return attribution(model, stream, number, targets, against, by)
+    return attribution(model, stream.squeezed(), number, targets, against, by, jnp.nan)
 
 
 def attribution(
@@ -172,23 +187,26 @@ def attribution(
     targets: Array,
     against: Array | None,
     by: str,
+    absent: float = 0,
 ) -> LogitAttribution:
-    """The uncompiled method, on a located stream: one target for each of its vectors."""
+    """The uncompiled method, on a located stream: one target for each of its vectors.
+
+    Where the mask says that there is no vector, the result is `absent`.
+    """
     config = model.config
     stream.need("final", *(() if config.norm is None else ("norm_final_scale",)))
     parts = factors(model, stream, position, ends=(config.n_layers, config.n_layers), by=by)
     u = model.unembedding(targets)
     if against is not None:
         u = u - model.unembedding(against)
-    bias = jnp.zeros((), config.acc)
-    if model.b_u is not None:
-        b_u = model.b_u[...].astype(config.acc)
-        bias = b_u[targets] - (0 if against is None else b_u[against])
+    bias = model.unembedding_bias(targets)
+    if against is not None:
+        bias = bias - model.unembedding_bias(against)
     r, offset = logit_direction(model, u)
     scale = jnp.ones_like(r[..., 0]) if config.norm is None else stream.norm_final_scale
     logit = contract("...D,...D->...", model.final_norm(stream.final), u) + bias
-    terms = jnp.where(stream.mask[None], parts.along(r) / scale[None], 0)
-    constant, logit = (jnp.where(stream.mask, x, 0) for x in (offset + bias, logit))
+    terms = jnp.where(stream.mask[None], parts.along(r) / scale[None], absent)
+    constant, logit = (jnp.where(stream.mask, x, absent) for x in (offset + bias, logit))
     gap = ratio(jnp.abs(terms.sum(0) + constant - logit), jnp.abs(terms).sum(0))
     return LogitAttribution(
         terms=terms, constant=constant, logit=logit, gap=gap, labels=parts.labels

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from arrakis_jax.axes import Array, Float, Int
 from arrakis_jax.checks import checked_layer
@@ -59,7 +61,7 @@ def residual_decomposition(
         got, do = type(activations).__name__, "call run(model, tokens) first"
         must = "a ResidualStream or ModelOutput"
         raise TypeError(expected("activations", must, got, do))
-    stream.need("resid_pre", "attn_out")
+    stream.need("resid_pre", "attn_out", "mlp_out")
     if stream.layers is None:
         row = checked_layer(layer_idx, stream.resid_pre.shape[0])
     else:
@@ -82,9 +84,13 @@ def _parts(resid_pre, attn_out, mlp_out, row):
 
 
 def _held(layers: tuple[int, ...], layer_idx: Any) -> int:
-    if isinstance(layer_idx, int) and layer_idx in layers:
-        return layers.index(layer_idx)
+    if not isinstance(layer_idx, Tracer):
+        if np.ndim(layer_idx) or not np.issubdtype(np.asarray(layer_idx).dtype, np.integer):
+            do = "give one layer's index"
+            raise TypeError(expected("layer_idx", "an integer", repr(layer_idx), do))
+        if int(layer_idx) in layers:
+            return layers.index(int(layer_idx))
     raise NotCapturedError(
-        f"`layer_idx` must be one of the layers captured, {layers}, got {layer_idx}; "
-        "run the model with layers=None in its Capture"
+        f"`layer_idx` must be one of the layers captured, {layers}, got {layer_idx}; count them "
+        "from 0, or run the model with layers=None in its Capture"
     )

@@ -52,7 +52,7 @@ def movement(a: Float[Array, "... D"], b: Float[Array, "... D"]) -> Movement:
     """
     u, w = (ratio(x, norm(x)[..., None]) for x in (a, b))
     apart, together = norm(u - w), norm(u + w)
-    both = (norm(a) > 0) & (norm(b) > 0)
+    both = (norm(a) != 0) & (norm(b) != 0)
     angle = 2 * jnp.arctan2(apart, jnp.where(both, together, 1))
     return Movement(
         relative_norm=ratio(norm(b - a), norm(a)),
@@ -90,7 +90,7 @@ def residual_movement(
     n_layers = model.config.n_layers
     first = checked_layer(layer_idx1, n_layers, name="layer_idx1")
     second = checked_layer(layer_idx2, n_layers, name="layer_idx2")
-    stream = stream_of(input_ids)
+    stream = stream_of(input_ids, mask)
     if stream is not None:
         stream.need("resid_pre", "final", all_layers=True)
         return _between(stream.resid_pre, stream.final, first, second)
@@ -139,7 +139,7 @@ def movement_matrix(
         `[P,P,B,T]` arrays, from the first axis' point to the second's, and the points' names;
         zero at padding.
     """
-    stream = stream_of(tokens)
+    stream = stream_of(tokens, mask)
     if stream is not None:
         stream.need(*_POINTS.fields, all_layers=True)
         return _matrix(model, stream)

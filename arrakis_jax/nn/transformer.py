@@ -25,6 +25,7 @@ from arrakis_jax.residuals import (
     ModelOutput,
     ResidualStream,
     as_capture,
+    lacking,
     select_positions,
 )
 
@@ -91,15 +92,12 @@ class Transformer(nnx.Module):
 
     def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The token embeddings, without positions; NaN for an id outside of the vocabulary."""
-        rows = self.w_e[...].at[tokens]
-        embedding = rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        return embedding.astype(self.config.acc)
+        return _rows(self.w_e[...], tokens).astype(self.config.acc)
 
     def embed_positions(self, position: Int[Array, "..."]) -> Float[Array, "... D"]:
         """The learned position embeddings; NaN beyond the table. Needs a model that has them."""
         assert self.w_pos is not None
-        rows = self.w_pos[...].at[position]
-        return rows.get(mode="fill", fill_value=jnp.nan).astype(self.config.acc)
+        return _rows(self.w_pos[...], position).astype(self.config.acc)
 
     def embed(
         self, tokens: Int[Array, "B T"], *, mask: Array | None = None
@@ -146,19 +144,29 @@ class Transformer(nnx.Module):
             "mask": places.real if at is None else site.valid,
             "layers": layers,
             "positions": capture.positions if at is None else None,
+            "lacks": lacking(self.config),
         }
         stream = ResidualStream(**outside.records, **records, **about)
         return ModelOutput(logits, stream)
 
     def unembedding(self, ids: Int[Array, "..."] | None = None) -> Float[Array, "... D"]:
-        """Rows `[...,D]` of the unembedding for these token ids, or all of it as `[V,D]`."""
+        """Rows `[...,D]` of the unembedding for these token ids, or all of it as `[V,D]`.
+
+        NaN for an id outside of the vocabulary.
+        """
         if ids is None:
             rows = self.w_e[...] if self.w_u is None else self.w_u[...].T
         elif self.w_u is None:
-            rows = self.w_e[...][ids]
+            rows = _rows(self.w_e[...], ids)
         else:
-            rows = jnp.moveaxis(jnp.take(self.w_u[...], ids, axis=1), 0, -1)
+            rows = jnp.moveaxis(_rows(self.w_u[...], ids, axis=1), 0, -1)
         return rows.astype(self.config.acc)
+
+    def unembedding_bias(self, ids: Int[Array, "..."]) -> Float[Array, "..."]:
+        """The bias on the logits of these token ids; zero in a model without."""
+        if self.b_u is None:
+            return jnp.zeros(ids.shape, self.config.acc)
+        return _rows(self.b_u[...], ids).astype(self.config.acc)
 
     def final_norm(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """What the unembedding reads, from the stream."""
@@ -177,7 +185,11 @@ class Transformer(nnx.Module):
         places = Places.of(x_BTD.shape[:2], mask)
         site = self._sites(places, capture, edits)
         logits = self._logits(site("final", x_BTD.astype(self.config.acc)), site, capture)
-        about: dict[str, Any] = {"mask": places.real, "positions": capture.positions}
+        about: dict[str, Any] = {
+            "mask": places.real,
+            "positions": capture.positions,
+            "lacks": lacking(self.config),
+        }
         stream = ResidualStream(**site.records, **about)
         return ModelOutput(logits, stream)
 
@@ -302,6 +314,11 @@ class Transformer(nnx.Module):
             logits = logits + over(self.b_u[...].astype(logits.dtype), logits)
         real = site.mask if site.index is None else site.valid
         return logits if real is None else jnp.where(real[..., None], logits, 0)
+
+
+def _rows(table: Array, index: Array, axis: int = 0) -> Array:
+    """The entries at these indices of an axis; NaN where there are none, negative ones included."""
+    return jnp.take(table, jnp.where(index < 0, table.shape[axis], index), axis, mode="fill")
 
 
 def _counted(layers: tuple[int, ...], n_layers: int) -> tuple[int, ...]:

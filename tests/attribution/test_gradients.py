@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrakis_jax import Add, residual_gradients, run
+from arrakis_jax import Add, Capture, residual_gradients, run
 from arrakis_jax.residuals import INTERNAL, SCALES, STREAM, UNSTACKED
 from tests.models import VARIANTS, batch, close, compilations, model
 
@@ -107,6 +107,19 @@ def test_jit_vmap_and_one_compilation():
     with compilations() as names:
         residual_gradients(m, tokens, np.arange(5), mask=mask, position=0)
     assert names == []
+
+
+def test_a_capture_selects_layers_and_positions():
+    m = model()
+    tokens, mask, _ = batch()
+    whole = residual_gradients(m, tokens, 3, mask=mask)
+    chosen = Capture(("resid_pre", "final"), layers=(-1, 0), positions=(-1,))
+    some = residual_gradients(m, tokens, 3, mask=mask, capture=chosen)
+    assert some.layers == (0, 2) and some.resid_pre.shape == (2, 5, 1, 20)
+    for b, row in enumerate(mask):
+        last = np.flatnonzero(row)[-1]
+        close(some.resid_pre[:, b, 0], whole.resid_pre[np.array([0, 2]), b, last], 1e-5)
+        close(some.final[b, 0], whole.final[b, last], 1e-5)
 
 
 def test_bad_input():

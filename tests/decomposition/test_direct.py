@@ -105,7 +105,7 @@ def test_projections_and_norms_never_expand_and_equal_the_expanded():
         parts.expand(byte_limit=100)
     with pytest.raises(ValueError, match=r"`directions` must be `\[N,20\]`, got shape \(20,\)"):
         parts.project(directions[0])
-    with pytest.raises(ValueError, match=r"`k` must be in \[1, 26\], got 27"):
+    with pytest.raises(ValueError, match=r"`k` must be an int in \[1, 26\], got 27"):
         parts.top(27)
 
 
@@ -175,8 +175,24 @@ def test_residual_decomposition_takes_a_traced_layer_and_a_single_example():
     np.testing.assert_array_equal(one, r.attn_out[1])
     part = run(m, tokens, mask=mask, capture=Capture(("resid_pre", "attn_out", "mlp_out"), (1,)))
     np.testing.assert_array_equal(residual_decomposition(part, 1).from_attn, r.attn_out[1])
-    with pytest.raises(NotCapturedError, match="`layer_idx` must be one of the layers captured"):
-        residual_decomposition(part, 0)
+    np.testing.assert_array_equal(residual_decomposition(part, np.int64(1)).from_mlp, r.mlp_out[1])
+    for layer in (0, -1):
+        with pytest.raises(
+            NotCapturedError, match="`layer_idx` must be one of the layers captured"
+        ):
+            residual_decomposition(part, layer)
+    with pytest.raises(TypeError, match="`layer_idx` must be an integer, got True"):
+        residual_decomposition(part, True)
+
+
+def test_a_field_that_was_not_captured_is_not_taken_for_one_that_is_not_there():
+    tokens = np.arange(5)[None]
+    some = run(model(), tokens, capture=("resid_pre", "attn_out", "final"))
+    with pytest.raises(NotCapturedError, match=r"must be captured with \['mlp_out'\]"):
+        residual_decomposition(some, 1)
+    without = run(model("attention_only"), tokens, capture=("resid_pre", "attn_out", "final"))
+    assert not residual_decomposition(without, 1).from_mlp.any()
+    assert without.residuals.lacks == ("mlp_out", "mlp_act", "norm_mlp_scale")
 
 
 def test_bad_input():
@@ -192,6 +208,16 @@ def test_bad_input():
         (lambda: decompose(m, out, layer=3), IndexError, r"must be in \[-3, 3\), got 3"),
         (lambda: decompose(m, out, layers=(5,)), IndexError, r"must be in \[-3, 3\), got 5"),
         (lambda: decompose(m, out, by="head"), NotCapturedError, r"must be captured with \['z'\]"),
+        (lambda: decompose(m, out, layers=1), TypeError, "`layers` must be a tuple of integers"),
+        (lambda: decompose(m, out, positions=(1.7,)), TypeError, "`positions` must be a tuple of"),
+        (lambda: decompose(m, out, positions=(9,)), IndexError, r"must be in \[-4, 4\), got 9"),
+        (lambda: decompose(m, out, mask=[[1, 1, 1, 0]]), ValueError, "`mask` must be the stream's"),
+        (
+            lambda: decompose(m, out).top(1.5),
+            ValueError,
+            r"`k` must be an int in \[1, 7\], got 1.5",
+        ),
+        (lambda: decompose(m, out).labels.where("zz"), ValueError, "`kind` must be one of .* got"),
         (lambda: capture_for("x"), ValueError, "`by` must be one of .* got 'x'"),
     ]:
         with pytest.raises(error, match=message):

@@ -127,8 +127,15 @@ def test_a_captured_stream_is_not_run_again():
         close(logit_attribution(m, source, TARGETS, by="head").terms, fresh.terms, 1e-5)
     one = run(m, tokens, mask=mask, capture=Capture(capture_for("head"), positions=(-1,)))
     close(logit_attribution(m, one, TARGETS, by="head").terms, fresh.terms, 1e-5)
-    with pytest.raises(NotCapturedError, match="`position` must be one of those captured"):
-        logit_attribution(m, one, TARGETS, by="head", position=0)
+    for last in (np.int64(-1), jnp.int32(-1), np.full(5, -1)):
+        again = logit_attribution(m, one, TARGETS, by="head", position=last)
+        close(again.terms, fresh.terms, 1e-5)
+    traced = jax.jit(lambda p: logit_attribution(m, one, TARGETS, by="head", position=p).terms)
+    for wrong in (0, np.array([-1, -1, -1, 0, -1])):
+        with pytest.raises(NotCapturedError, match="`position` must be one of those captured"):
+            logit_attribution(m, one, TARGETS, by="head", position=wrong)
+    with pytest.raises(NotCapturedError, match="got a traced one"):
+        traced(-1)
     with pytest.raises(NotCapturedError, match=r"must be captured with \['z'\]"):
         logit_attribution(m, run(m, tokens, mask=mask), TARGETS, by="head")
 
@@ -163,6 +170,21 @@ def test_jit_vmap_scan_and_grad():
     assert np.isfinite(gradient.blocks.attn.w_o[...]).all()
 
 
+@pytest.mark.parametrize("variant", ["gpt2", "unembed_bias", "llama"])
+def test_what_cannot_be_checked_is_nan(variant):
+    """Traced: an id that is none, and a position that a row does not have."""
+    m = model(variant)
+    tokens = np.arange(8).reshape(2, 4)
+    mask = np.array([[1, 1, 1, 1], [0, 0, 1, 1]])
+    logit = jax.jit(lambda t: logit_attribution(m, tokens, t).logit)
+    for target in (31, -1, 99):
+        assert np.isnan(logit(target)).all()
+    assert np.isfinite(logit(30)).all()
+    at = jax.jit(lambda p: logit_attribution(m, tokens, 3, position=p, mask=mask))(3)
+    assert np.isfinite(at.terms[:, 0]).all() and np.isnan(at.terms[:, 1]).all()
+    np.testing.assert_array_equal(np.isnan(at.logit), [False, True])
+
+
 def test_compiles_once_for_all_targets_and_positions():
     m = model("gpt2")
     tokens, mask, _ = batch()
@@ -189,6 +211,18 @@ def test_bad_input():
         (lambda: call(by="expert"), ValueError, "`by` must be one of .* got 'expert'"),
         (lambda: call(position=4), IndexError, r"`position` must be in \[-1, 1\), got \[4"),
         (lambda: call(position=0.5), TypeError, "`position` must be an integer, got dtype"),
+        (
+            lambda: logit_attribution(m, run(m, tokens, mask=mask), 3, mask=~mask),
+            ValueError,
+            "`mask` must be the stream's own, or None, got another",
+        ),
+        (
+            lambda: logit_attribution(
+                m, run(m, tokens, mask=mask).residuals.example(2), 3, position=4
+            ),
+            IndexError,
+            r"must be in \[-4, 4\), got \[4\]",
+        ),
     ]:
         with pytest.raises(error, match=message):
             broken()

@@ -122,6 +122,15 @@ def test_layers_may_be_traced_and_compile_once():
     assert names == []
 
 
+def test_a_stream_that_is_nan_stays_nan():
+    """A traced id outside of the vocabulary poisons its own row, in every tool."""
+    m, tokens = model(), np.array([[1, 2, 3], [4, 99, 5]])
+    moved = jax.jit(lambda t: residual_movement(m, t, 0, 1))(tokens)
+    matrix = jax.jit(lambda t: movement_matrix(m, t))(tokens)
+    for values in (*jax.tree.leaves(moved), *(x[0, 1] for x in jax.tree.leaves(matrix))):
+        assert np.isfinite(values[0]).all() and np.isnan(values[1, 1:]).all()
+
+
 def test_bad_input():
     m = model()
     tokens = np.arange(4)[None]

@@ -132,6 +132,26 @@ def test_capture_selects_fields_layers_and_positions():
         r.need("mlp_out")
 
 
+def test_capture_is_checked_and_takes_lists():
+    m, tokens = model(), np.arange(6)[None]
+    assert Capture(["final"], layers=[0], positions=np.array([1])) == Capture(
+        ("final",), (0,), (1,)
+    )
+    for call, error, message in [
+        (lambda: Capture("final"), TypeError, r"`fields` must be .* write \('final',\)"),
+        (lambda: Capture(("final",), layers=1), TypeError, "`layers` must be a tuple of integers"),
+        (lambda: Capture(("final",), positions=(1.5,)), TypeError, "`positions` must be a tuple"),
+        (lambda: Capture(("final",), layers=(True,)), TypeError, "`layers` must be a tuple"),
+        (lambda: run(m, tokens, capture=3), TypeError, "`capture` must be .*, got 3"),
+        (lambda: run(m, tokens, capture=Capture(("final",), positions=(6,))), IndexError,
+         r"`positions` must be in \[-6, 6\), got 6"),
+        (lambda: run(m, tokens).residuals.example(1), IndexError, r"`b` must be in \[-1, 1\), got 1"),
+        (lambda: resume(m, [[1.0]], 1), ValueError, r"`x` must be `\[B,T,20\]`, got shape \(1, 1\)"),
+    ]:  # fmt: skip
+        with pytest.raises(error, match=message):
+            call()
+
+
 @pytest.mark.parametrize("start", range(-3, 4))
 def test_resume_equals_the_full_forward(start):
     m = model()
@@ -262,11 +282,55 @@ class TestEdits:
             (Add("z", np.ones(7), head=1), ValueError, r"`value` must be .*, got shape \(7,\)"),
             (Replace("final", np.ones((2, 9))), ValueError, "`value` must be broadcastable to"),
             ("ablate", TypeError, "`edits` must be made of edits, got"),
+            (Set("z", 0.0, layer=True), TypeError, "`layer` must be an integer, got True"),
+            (Set("z", 0.0, layer=1.5), TypeError, "`layer` must be an integer, got 1.5"),
+            (Set("z", 0.0, layer=[0, 1]), TypeError, "`layer` must be an integer, got"),
+            (Set("z", 0.0, head="a"), TypeError, "`head` must be an integer, got 'a'"),
+            (Set("z", 0.0, position=1.5), TypeError, "`position` must be an integer, or one a row"),
+            (Set("final", 0.0, layer=0), ValueError, "`layer` must be None at site 'final', got 0"),
+            (Add("resid_pre", "abc"), TypeError, "`value` must be numbers, got 'abc'"),
+            (
+                Replace("z", np.ones((2, 5, 11, 6, 4))),
+                ValueError,
+                "`value` must be of all 3 layers",
+            ),
         ],
     )
     def test_bad_edits(self, edit, error, message):
         with pytest.raises(error, match=message):
             self.go(edit)
+
+    def test_edits_that_are_none(self):
+        with pytest.raises(TypeError, match="`edits` must be edits, got None"):
+            run(self.model, self.tokens, mask=self.mask, edits=None)
+        for name, variant in (("mlp_out", "attention_only"), ("norm_attn_scale", "no_norm")):
+            with pytest.raises(ValueError, match=f"`site` must be one of .* got '{name}'"):
+                run(model(variant), np.arange(4)[None], edits=Set(name, 0.0))
+
+    def test_one_position_a_row(self):
+        pre = self.go(Set("resid_pre", 7.0, layer=1, position=[2, -1, 0, 0, 5])).residuals.resid_pre
+        changed = np.asarray(pre[1] == 7.0).all(-1)
+        for b, place in enumerate((2, -1, 0, 0, 5)):
+            want = np.zeros(11, bool)
+            want[np.flatnonzero(self.mask[b])[place]] = True
+            np.testing.assert_array_equal(changed[b], want)
+
+    def test_replace_takes_what_set_takes(self):
+        value = np.random.default_rng(0).normal(size=(5, 20))
+        options = dict(layer=1, position=-1)
+        a, b = (self.go(edit("resid_pre", value, **options)) for edit in (Replace, Set))
+        np.testing.assert_array_equal(a.logits, b.logits)
+
+    def test_project_off_dependent_and_zero_directions(self):
+        one = np.random.default_rng(0).normal(size=20)
+        plain, zero = self.go(Project("final", one)), self.go(Project("final", np.zeros(20)))
+        np.testing.assert_allclose(zero.logits, self.plain.logits, atol=1e-5)
+        twice = self.go(Project("final", [one, 2 * one, 0 * one]))
+        np.testing.assert_allclose(twice.logits, plain.logits, atol=1e-4)
+        half = model("gpt2", dtype="bfloat16")
+        edited = run(half, self.tokens, mask=self.mask, capture="all",
+                     edits=Project("z", np.arange(1.0, 5.0)))  # fmt: skip
+        assert np.abs(edited.residuals.z.astype(np.float32) @ np.arange(1.0, 5.0)).max() < 0.1
 
 
 def test_every_field_of_the_config_is_read():
