@@ -74,4 +74,6 @@ def test_bad_input(demo):
         tools.residual_movement("Mary", 0, 4)
     stream = run(model, np.array([[1, 2]])).residuals
     with pytest.raises(TypeError, match="`options` must be none with a stream, got"):
-        tools.residual_decomposition(stream, 0, mask=np.ones((1, 2), bool))
+        tools.residual_decomposition(stream, 0, check=True)
+    with pytest.raises(ValueError, match="`mask` must be the stream's own, or None, got another"):
+        tools.residual_decomposition(stream, 0, mask=np.array([[0, 1]]))

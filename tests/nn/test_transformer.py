@@ -145,8 +145,8 @@ def test_capture_is_checked_and_takes_lists():
         (lambda: run(m, tokens, capture=3), TypeError, "`capture` must be .*, got 3"),
         (lambda: run(m, tokens, capture=Capture(("final",), positions=(6,))), IndexError,
          r"`positions` must be in \[-6, 6\), got 6"),
-        (lambda: run(m, tokens).residuals.example(1), IndexError, r"`b` must be in \[-1, 1\), got 1"),
-        (lambda: resume(m, [[1.0]], 1), ValueError, r"`x` must be `\[B,T,20\]`, got shape \(1, 1\)"),
+        (lambda: run(m, tokens).residuals.example(1), IndexError, r"`b` must be in .* got 1"),
+        (lambda: resume(m, [[1.0]], 1), ValueError, r"`x` must be `\[B,T,20\]`, got shape"),
     ]:  # fmt: skip
         with pytest.raises(error, match=message):
             call()
