@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,8 @@ def from_pretrained(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     revision: str | None = None,
+    stream_dtype: Literal["bfloat16"] | None = None,
+    matmul_precision: Literal["highest", "high", "default"] | None = None,
 ) -> Transformer:
     """A model from a Hugging Face checkpoint in safetensors, or from one made by `save`.
 
@@ -77,6 +79,9 @@ def from_pretrained(
             it has one and they divide, everything else on every device. Its axes are used as Auto,
             also where they are Explicit.
         revision: branch, tag or commit of a hub id.
+        stream_dtype: "bfloat16" rounds the residual stream to it (see ModelConfig).
+        matmul_precision: of float32 products; "highest" unless a checkpoint made by `save` says
+            otherwise. "high" and "default" buy speed on TPUs and GPUs.
 
     Returns:
         The model, its weights neither folded nor centred.
@@ -90,15 +95,17 @@ def from_pretrained(
     dtype = None if dtype is None else _checked_dtype(dtype)
     mesh = _auto(mesh)
     folder = local_folder(path_or_repo_id, revision=revision)
+    compute = {"stream_dtype": stream_dtype, "matmul_precision": matmul_precision}
+    compute = {name: value for name, value in compute.items() if value is not None}
     if (folder / NATIVE_CONFIG).is_file():
-        return _restore(folder, dtype, mesh)
+        return _restore(folder, dtype, mesh, compute)
     family, config = _hf_config(folder)
     tensors = _with_prefix(_open(folder), family)
     plan = _plan(family, config, tensors)
     dtype = dtype or _checked_dtype(
         _widest({tensors[n].dtype for _, ns in plan.values() for n in ns})
     )
-    config = replace(config, dtype=dtype)
+    config = replace(config, dtype=dtype, **compute)
 
     def filled(name: str, shape: tuple[int, ...], sharding: Sharding | None) -> Array:
         rule, names = plan[name]
@@ -348,7 +355,9 @@ def _natural(text: str) -> list:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
-def _restore(folder: Path, dtype: str | None, mesh: Mesh | None) -> Transformer:
+def _restore(
+    folder: Path, dtype: str | None, mesh: Mesh | None, compute: dict[str, Any]
+) -> Transformer:
     import orbax.checkpoint as ocp
 
     file = folder / NATIVE_CONFIG
@@ -364,7 +373,7 @@ def _restore(folder: Path, dtype: str | None, mesh: Mesh | None) -> Transformer:
     except (KeyError, TypeError, ValueError) as error:
         do = f"save it again with this version ({error})"
         raise CheckpointError(expected(file.name, "a ModelConfig", "another one", do)) from None
-    config = replace(config, dtype=_checked_dtype(dtype or config.dtype))
+    config = replace(config, dtype=_checked_dtype(dtype or config.dtype), **compute)
     params = dict(_parameters(config)[0])
     wanted = {name: leaf.shape for name, leaf in params.items()}
     target = {name: _target(name, leaf, mesh) for name, leaf in params.items()}

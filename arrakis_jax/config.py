@@ -70,6 +70,9 @@ class ModelConfig:
         unembed_bias: a bias on the logits.
         dtype: dtype of the weights. Norms, softmax, logits and the stream are computed in float32
             or wider.
+        stream_dtype: "bfloat16" to round the residual stream to it after every write, which halves
+            its memory; decompositions then have the rounding as terms of its own. None does not
+            round.
         matmul_precision: JAX precision of float32 products ("highest", "high", "default").
     """
 
@@ -96,6 +99,7 @@ class ModelConfig:
     tied: bool = False
     unembed_bias: bool = False
     dtype: str = "float32"
+    stream_dtype: Literal["bfloat16"] | None = None
     matmul_precision: Literal["highest", "high", "default"] = "highest"
 
     def __post_init__(self):
@@ -128,6 +132,8 @@ class ModelConfig:
         demand(self.activation in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}", "choose one")
         demand(self.dtype in ("float32", "bfloat16", "float64"), "dtype",
                "'float32', 'bfloat16' or 'float64'", "choose one")  # fmt: skip
+        demand(self.stream_dtype in (None, "bfloat16"), "stream_dtype",
+               "'bfloat16' or None", "choose one")  # fmt: skip
         demand(self.matmul_precision in ("highest", "high", "default"), "matmul_precision",
                "'highest', 'high' or 'default'", "choose one")  # fmt: skip
         if self.positions == "rope":
@@ -137,5 +143,10 @@ class ModelConfig:
 
     @property
     def acc(self) -> jnp.dtype:
-        """The dtype of norms, softmax, logits, the stream and every sum: at least float32."""
+        """The dtype of norms, softmax, logits and every sum: at least float32."""
         return jnp.promote_types(self.dtype, jnp.float32)
+
+    @property
+    def stream(self) -> jnp.dtype:
+        """The dtype of the residual stream: `acc`, unless rounding is asked for."""
+        return self.acc if self.stream_dtype is None else jnp.dtype(self.stream_dtype)

@@ -10,7 +10,7 @@ class Label(NamedTuple):
 
     Attributes:
         layer: the layer that writes it; None for embeddings.
-        kind: embed, pos, attn, head, attn_bias or mlp.
+        kind: embed, pos, attn, head, attn_bias, mlp, attn_rounding or mlp_rounding.
         index: which head; None for kinds of which a layer has one.
         source: the source position, in decompositions by source; else None.
     """

@@ -406,6 +406,18 @@ def test_stories_continue_as_published(stories):
     np.testing.assert_array_equal(tokens[0], want)
 
 
+def test_how_a_checkpoint_computes_is_a_choice(tmp_path):
+    choice = dict(stream_dtype="bfloat16", matmul_precision="default")
+    chosen = from_pretrained(write(tmp_path / "hf"), **choice)
+    assert chosen.config.stream_dtype == "bfloat16" and chosen.blocks.attn.config == chosen.config
+    save(chosen, tmp_path / "native")
+    assert from_pretrained(tmp_path / "native").config == chosen.config
+    plain = from_pretrained(tmp_path / "native", matmul_precision="highest").config
+    assert plain.matmul_precision == "highest"
+    with pytest.raises(ValueError, match="`matmul_precision` must be .* got 'low'"):
+        from_pretrained(tmp_path / "hf", matmul_precision="low")
+
+
 def test_arguments_that_are_none(tmp_path):
     folder = write(tmp_path / "hf")
     for call, error, message in [

@@ -44,6 +44,12 @@ class Top(NamedTuple):
     index: Array
 
 
+def fields_for(model: Transformer, by: str) -> tuple[str, ...]:
+    """The fields that the terms of this model need: with a rounded stream, what was rounded too."""
+    rounded = ("resid_pre", "attn_out", "resid_mid", "final")
+    return tuple({*_CAPTURE[by], *(rounded if model.config.stream_dtype else ())})
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Decomposition:
@@ -193,7 +199,9 @@ def decompose(
         at: "final", or `("resid_pre" | "resid_mid" | "resid_post", layer)`.
         layer: `layer=n` is short for `at=("resid_post", n)`.
         by: "component" (kinds embed, pos, attn, mlp) or "head" (embed, pos, head, attn_bias,
-            mlp); kinds that the model does not have are left out.
+            mlp); kinds that the model does not have are left out. A model whose stream is rounded
+            (`stream_dtype`) also has attn_rounding and mlp_rounding, and needs a stream captured
+            with resid_pre, attn_out, resid_mid and final besides.
         layers: list the terms of these layers only; their sum is then not the stream.
         positions: these positions only, counted in real tokens (T in the result is their number).
         mask: `[B,T]`, with token ids.
@@ -235,7 +243,7 @@ def _decompose(model, stream, *, ends, by, layers, positions):
 
 @compiled("ends", "by", "layers", "positions")
 def _run_and_decompose(model, tokens, mask, *, ends, by, layers, positions):
-    capture = Capture(_CAPTURE[by], positions=positions)
+    capture = Capture(fields_for(model, by), positions=positions)
     stream = model(tokens, mask=mask, capture=capture).residuals
     return factors(model, *located(stream, positions), ends=ends, by=by, layers=layers)
 
@@ -277,12 +285,13 @@ def factors(
 ) -> Decomposition:
     """The uncompiled `decompose` of a located stream, whatever its axes between L and D."""
     config = model.config
-    stream.need(*_CAPTURE[by])
+    rounded = config.stream_dtype is not None
+    stream.need(*fields_for(model, by), all_layers=rounded)
     wanted = tuple(range(ends[0])) if layers is None else tuple(i for i in layers if i < ends[0])
     rows = _rows(stream, wanted)
     real = stream.mask[..., None]
 
-    names, first = ("embed",), stream.embed[None]
+    names, first = ("embed",), stream.embed[None].astype(config.acc)
     if model.w_pos is not None:
         pos = jnp.where(real, model.embed_positions(position), 0)
         names, first = ("embed", "pos"), jnp.stack([stream.embed - pos, pos])
@@ -298,10 +307,20 @@ def factors(
                 [*kinds, ("attn_bias", 0)],
                 [*parts, Factor(jnp.where(real[None], bias, 0))],
             )
+    if rounded:
+        after = stream.resid_mid[rows].astype(config.acc)
+        rounding = after - stream.resid_pre[rows] - stream.attn_out[rows]
+        kinds, parts = [*kinds, ("attn_rounding", 0)], [*parts, Factor(rounding)]
     n_mlp = sum(i < ends[1] for i in wanted) if config.d_mlp else len(wanted)
+    n_after = len(kinds)
     if config.d_mlp:
         kinds, parts = [*kinds, ("mlp", 0)], [*parts, Factor(stream.mlp_out[rows][:n_mlp])]
-    labels = Labels(names, wanted, tuple(kinds), dropped=len(wanted) - n_mlp)
+    if config.d_mlp and rounded:
+        after = stream.resid_post[rows][:n_mlp].astype(config.acc)
+        rounding = after - stream.resid_mid[rows][:n_mlp] - stream.mlp_out[rows][:n_mlp]
+        kinds, parts = [*kinds, ("mlp_rounding", 0)], [*parts, Factor(rounding)]
+    dropped = (len(wanted) - n_mlp) * (len(kinds) - n_after)
+    labels = Labels(names, wanted, tuple(kinds), dropped=dropped)
     return Decomposition(first=first, layered=tuple(parts), labels=labels)
 
 

@@ -18,7 +18,7 @@ from arrakis_jax.checks import (
     checked_tokens,
     host,
 )
-from arrakis_jax.decomposition.direct import BY, capture_for, factors, located
+from arrakis_jax.decomposition.direct import BY, factors, fields_for, located
 from arrakis_jax.errors import NotCapturedError
 from arrakis_jax.forward import compiled, stream_of
 from arrakis_jax.labels import Labels
@@ -172,8 +172,9 @@ def _run_and_attribute(model, tokens, mask, position, targets, against, *, by):
     if position is not None:
         at = position[:, None]
         number = places.number(at)[:, 0]
+    fields = (*fields_for(model, by), "final", "norm_final_scale")
     stream = model.after_embedding(
-        model.embed(tokens, mask=mask), mask=mask, capture=Capture(capture_for(by)), at=at
+        model.embed(tokens, mask=mask), mask=mask, capture=Capture(fields), at=at
     ).residuals
     if position is None:
         return attribution(model, stream, number, targets, against, by)

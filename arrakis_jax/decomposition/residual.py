@@ -20,6 +20,8 @@ from arrakis_jax.residuals import ModelOutput, ResidualStream
 class ResidualDecomposition:
     """The parts of `resid_post[layer_idx]`; they sum to it, in this order, exactly.
 
+    (To the rounding of the stream, in a model with a `stream_dtype`: see `decompose`.)
+
     Attributes:
         from_prev: `[B,T,D]`, what entered the layer: everything written before it.
         from_attn: `[B,T,D]`, what its attention wrote.

@@ -50,6 +50,8 @@ def movement(a: Float[Array, "... D"], b: Float[Array, "... D"]) -> Movement:
     Differences are taken before norms, and the angle is `2 atan2(|u - w|, |u + w|)` of the unit
     vectors u and w, which is accurate for the smallest of angles where arccos is not.
     """
+    acc = jnp.promote_types(a.dtype, jnp.float32)
+    a, b = a.astype(acc), b.astype(acc)
     u, w = (ratio(x, norm(x)[..., None]) for x in (a, b))
     apart, together = norm(u - w), norm(u + w)
     both = (norm(a) != 0) & (norm(b) != 0)

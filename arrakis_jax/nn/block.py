@@ -30,11 +30,12 @@ class Block(nnx.Module):
         """The stream after the block, from the stream before it."""
         x_BTD = site("resid_pre", x_BTD)
         y_BTD = _normed(self.norm_attn, x_BTD, site, "norm_attn_scale")
-        x_BTD = x_BTD + site("attn_out", self.attn(y_BTD, rotation, allowed_BTS, layer, site))
-        x_BTD = site("resid_mid", x_BTD)
+        attn_BTD = site("attn_out", self.attn(y_BTD, rotation, allowed_BTS, layer, site))
+        x_BTD = site("resid_mid", (x_BTD + attn_BTD).astype(x_BTD.dtype))
         if self.mlp is not None:
             y_BTD = _normed(self.norm_mlp, x_BTD, site, "norm_mlp_scale")
-            x_BTD = x_BTD + site("mlp_out", self.mlp(y_BTD, site))
+            mlp_BTD = site("mlp_out", self.mlp(y_BTD, site))
+            x_BTD = (x_BTD + mlp_BTD).astype(x_BTD.dtype)
         return site("resid_post", x_BTD)
 
 

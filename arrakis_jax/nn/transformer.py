@@ -134,7 +134,7 @@ class Transformer(nnx.Module):
         outside = replace(site, taps={k: v for k, v in taps.items() if k in UNSTACKED}, records={})
         inside = {k: v for k, v in taps.items() if k not in UNSTACKED}
 
-        x_BTD = outside("embed", x_BTD.astype(self.config.acc))
+        x_BTD = outside("embed", x_BTD.astype(self.config.stream))
         x_BTD, records, layers = self._scan(x_BTD, site, places, capture, inside)
         x_BTD = outside("final", x_BTD)
         logits = self._logits(x_BTD, outside, capture)
@@ -184,7 +184,7 @@ class Transformer(nnx.Module):
         capture = as_capture(capture)
         places = Places.of(x_BTD.shape[:2], mask)
         site = self._sites(places, capture, edits)
-        logits = self._logits(site("final", x_BTD.astype(self.config.acc)), site, capture)
+        logits = self._logits(site("final", x_BTD.astype(self.config.stream)), site, capture)
         about: dict[str, Any] = {
             "mask": places.real,
             "positions": capture.positions,
@@ -209,7 +209,7 @@ class Transformer(nnx.Module):
         n_layers = self.config.n_layers
         places = Places.of(x_BTD.shape[:2], mask)
         site = self._sites(places, Capture(()), edits)
-        x_BTD = x_BTD.astype(self.config.acc)
+        x_BTD = x_BTD.astype(self.config.stream)
         body = self._body(site, places)
         if isinstance(start, int):
             layers = jnp.arange(n_layers)

@@ -11,7 +11,11 @@ from arrakis_jax import (
     NotCapturedError,
     capture_for,
     decompose,
+    logit_attribution,
     residual_decomposition,
+    residual_gradients,
+    residual_movement,
+    resume,
     run,
 )
 from tests.models import VARIANTS, batch, close, model
@@ -52,6 +56,37 @@ def test_terms_sum_in_float64(variant, by, x64):
     out = run(m, tokens, mask=mask, capture="all")
     for at, x in points(out.residuals, 3):
         assert relative(decompose(m, out, at=at, by=by).terms, x) < 1e-12
+
+
+@pytest.mark.parametrize("by", ["component", "head"])
+@pytest.mark.parametrize("variant", ["llama3", "gpt2", "attention_only"])
+def test_the_rounding_of_a_bfloat16_stream_is_a_term(variant, by):
+    """With it the terms sum as in float32; without it they do not (METHOD of the rounding term)."""
+    m = model(variant, stream_dtype="bfloat16")
+    tokens, mask, _ = batch()
+    out = run(m, tokens, mask=mask, capture="all")
+    assert out.residuals.resid_mid.dtype == out.residuals.final.dtype == jnp.bfloat16
+    assert out.residuals.attn_out.dtype == jnp.float32
+    for at, x in points(out.residuals, 3):
+        parts = decompose(m, out, at=at, by=by)
+        assert relative(parts.terms, x.astype(jnp.float32)) < 1e-6, at
+    kept = np.array([i for i, label in enumerate(parts.labels) if "rounding" not in label.kind])
+    assert relative(parts.terms[kept], x.astype(jnp.float32)) > 1e-4
+    again = decompose(m, tokens, mask=mask, at=at, by=by).terms
+    np.testing.assert_allclose(again, parts.terms, atol=0.05)
+    for found in (
+        logit_attribution(m, tokens, 3, by=by, mask=mask),
+        logit_attribution(m, out, 3, by=by),
+    ):
+        assert found.gap.max() < 1e-5
+    plain = run(model(variant), tokens, mask=mask).logits
+    close(out.logits, plain, 5e-2)
+    moved = residual_movement(m, out, 0, -1)
+    assert moved.angle.dtype == jnp.float32
+    gradient = residual_gradients(m, tokens, 3, mask=mask).resid_pre
+    close(gradient, residual_gradients(model(variant), tokens, 3, mask=mask).resid_pre, 0.2)
+    start = resume(m, out.residuals.resid_pre[1], 1, mask=mask)
+    close(start.logits, out.logits, 1e-2)
 
 
 def test_a_dropped_bias_would_be_seen():

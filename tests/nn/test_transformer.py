@@ -343,6 +343,7 @@ def test_every_field_of_the_config_is_read():
             norm_eps=1e-2, positions=None, max_positions=41, attention_scale=0.1,
             scale_by_inverse_layer=False, qkv_bias=False, out_bias=False, activation="relu",
             gated=True, mlp_bias=False, tied=True, unembed_bias=False, dtype="bfloat16",
+            stream_dtype="bfloat16",
         ),
         rope: dict(n_kv_heads=2, rope_theta=50.0, rope_scaling=None),
     }  # fmt: skip
