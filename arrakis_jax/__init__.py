@@ -1,5 +1,7 @@
 """Takes the residual stream of a transformer apart: decomposition, movement and attribution."""
 
+from importlib.metadata import version
+
 from arrakis_jax.attribution.features import Attribution, feature_attribution
 from arrakis_jax.attribution.gradients import residual_gradients
 from arrakis_jax.checkpoint import from_pretrained, save
@@ -8,7 +10,7 @@ from arrakis_jax.decomposition.direct import Decomposition, capture_for, decompo
 from arrakis_jax.decomposition.readout import LogitAttribution, logit_attribution
 from arrakis_jax.decomposition.residual import ResidualDecomposition, residual_decomposition
 from arrakis_jax.demo import demo_model
-from arrakis_jax.edits import Add, Project, Replace, Scale, Set
+from arrakis_jax.edits import Add, Edit, Project, Replace, Scale, Set
 from arrakis_jax.errors import CheckpointError, NotCapturedError
 from arrakis_jax.families import config_for
 from arrakis_jax.forward import cpu_compiler_options, resume, run
@@ -24,12 +26,16 @@ from arrakis_jax.residual_tools import ResidualTools
 from arrakis_jax.residuals import Capture, ModelOutput, ResidualStream
 from arrakis_jax.tokens import encode, token_id, tokenizer_for
 
+__version__ = version("arrakis-jax")
+del version
+
 __all__ = [
     "Add",
     "Attribution",
     "Capture",
     "CheckpointError",
     "Decomposition",
+    "Edit",
     "Label",
     "Labels",
     "LogitAttribution",

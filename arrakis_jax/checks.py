@@ -256,6 +256,6 @@ def _array(name: str, value: Any, what: str) -> Any:
     except ValueError:
         array = np.asarray(None)
     if array.dtype == object or array.dtype.kind in "US":
-        do = "pad ragged rows and pass a mask, or encode text"
+        do = "pad ragged rows and pass a mask, or use `encode` or `token_id` on text"
         raise TypeError(expected(name, f"an array of {what}", f"{type(value).__name__}", do))
     return array

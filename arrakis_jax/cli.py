@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from arrakis_jax import __version__
 from arrakis_jax.attribution.features import feature_attribution
 from arrakis_jax.checkpoint import from_pretrained
 from arrakis_jax.decomposition.direct import capture_for
@@ -24,7 +25,7 @@ from arrakis_jax.errors import expected
 from arrakis_jax.forward import run
 from arrakis_jax.movement.layers import movement
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.tokens import encode, token_id, tokenizer_for
+from arrakis_jax.tokens import continuation, encode, token_id, tokenizer_for
 
 # What is analysed by default: the sentence, and the name that must not follow.
 SENTENCE, OTHER = "When Mary and John went to the store, John gave a drink to", " John"
@@ -32,9 +33,25 @@ SENTENCE, OTHER = "When Mary and John went to the store, John gave a drink to", 
 app = typer.Typer(
     help="Takes the residual stream of a transformer apart.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"arrakis-jax {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="tell the version")
+    ] = False,
+) -> None:
+    """Takes the residual stream of a transformer apart."""
 
 
 @app.command()
@@ -42,13 +59,13 @@ def analyze(
     text: Annotated[str, typer.Argument(help="the prompt")] = SENTENCE,
     model: Annotated[
         str | None,
-        typer.Option(help="a checkpoint's folder or hub id  [default: the shipped model]"),
+        typer.Option(help="a checkpoint's folder or hub id (the shipped model if left out)"),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="a token, such as ' Mary'  [default: the prediction]")
+        str | None, typer.Option(help="one token, such as ' Mary' (the prediction if left out)")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="a token  [default: the likeliest other one]")
+        str | None, typer.Option(help="one token (the likeliest other one if left out)")
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="also write the numbers to this file")
@@ -57,7 +74,8 @@ def analyze(
     """Explains a model's next token: what wrote its logit, how the stream moved, which inputs."""
     with _one_line_errors():
         if not text.strip():
-            raise ValueError(expected("text", "a text of at least one token", repr(text), "see -h"))
+            do = "see --help"
+            raise ValueError(expected("text", "a text of at least one token", repr(text), do))
         if json_file is not None and (
             json_file.is_dir() or not json_file.absolute().parent.is_dir()
         ):
@@ -98,11 +116,11 @@ def analysis(
     fields_needed = {*capture_for("component"), *capture_for("head"), "resid_pre", "logits"}
     out = run(model, tokens, mask=mask, capture=tuple(sorted(fields_needed)))
     order = np.argsort(-np.asarray(out.logits[0, -1]), stable=True)
-    goal = int(order[0]) if target is None else token_id(tokenizer, target)
+    goal = int(order[0]) if target is None else _token(tokenizer, target, "--target")
     if against is None:
         rival = int(order[0] if order[0] != goal else order[1])
     else:
-        rival = token_id(tokenizer, against)
+        rival = _token(tokenizer, against, "--against")
     if goal == rival:
         do = "choose two different tokens"
         raise ValueError(expected("--against", "another token than --target", repr(against), do))
@@ -118,9 +136,9 @@ def analysis(
     moved = movement(stream.resid_pre[:, 0, -1], stream.resid_post[:, 0, -1])
     return {
         "text": text,
-        "prediction": tokenizer.decode([int(order[0])]),
-        "target": tokenizer.decode([goal]),
-        "against": tokenizer.decode([rival]),
+        "prediction": continuation(tokenizer, int(order[0])),
+        "target": continuation(tokenizer, goal),
+        "against": continuation(tokenizer, rival),
         "logit_difference": float(components.logit[0]),
         "constant": float(components.constant[0]),
         "gap": float(components.gap[0]),
@@ -136,10 +154,17 @@ def analysis(
             for layer in range(model.config.n_layers)
         ],
         "tokens": [
-            {"token": tokenizer.decode([int(token)]), "value": float(value)}
+            {"token": continuation(tokenizer, int(token)), "value": float(value)}
             for token, value in zip(tokens[0], inputs.tokens[0], strict=True)
         ],
     }
+
+
+def _token(tokenizer: Any, text: str, option: str) -> int:
+    try:
+        return token_id(tokenizer, text)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`text`", f"`{option}`", 1)) from None
 
 
 def _terms(attribution: LogitAttribution) -> list[dict[str, Any]]:
@@ -180,6 +205,10 @@ def _print(result: dict[str, Any], console: Console) -> None:
     table = _table("Which input tokens caused it", "token", "logits")
     for row in result["tokens"]:
         table.add_row(escape(repr(row["token"])), *_bar(row["value"], result["tokens"]))
+    total = sum(row["value"] for row in result["tokens"])
+    table.add_section()
+    table.add_row("sum", f"{total:+.3f}", f"without them {difference - total:+.3f}")
+    table.caption = "integrated gradients, from the mean embedding"
     console.print(table)
 
 

@@ -30,17 +30,22 @@ _AXES = {
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of the value at one site.
+    """A change of the value at one site; several are made in the order given.
+
+    What is selected is changed at real tokens. Values and indices may be traced: a `vmap` sweeps
+    over them. (A traced layer or head that the model does not have selects nothing.)
 
     Attributes:
-        site: the name of a ResidualStream field, or "resid_post".
+        site: the name of a ResidualStream field, or "resid_post". `q`, `k`, `v`, `z` and `pattern`
+            have heads.
         value: what the change needs; it broadcasts to what is selected: the site's value
             without the head axis if `head` is given and without the position axis if `position`
             is given (or to the site's whole value).
         layer: the layer to change, or None for every layer; an int in [-L, L) or a traced scalar.
         head: the head to change (key/value head at "k" and "v"), or None for every head.
-        position: the position to change, counted in real tokens (-1 is each row's last), or None
-            for every position. A row that has no such token is left as it is.
+        position: the position to change, counted in real tokens (-1 is each row's last), an int
+            or one for each row `[B]`, or None for every position. A row that has no such token is
+            left as it is.
     """
 
     site: str = field(metadata={"static": True})
@@ -174,10 +179,10 @@ class Replace(Edit):
         return self.operand(value, removed, other)
 
 
-def check_edits(edits: tuple, config: ModelConfig, longest: int) -> None:
+def check_edits(edits: tuple, config: ModelConfig, n_rows: int, longest: int) -> None:
     """Raises for a site that the model does not have, and for what an edit cannot select.
 
-    `longest` is the number of real tokens of the longest row.
+    `longest` is the number of real tokens of the longest of the rows.
     """
     for edit in edits:
         if not isinstance(edit, Edit):
@@ -199,7 +204,7 @@ def check_edits(edits: tuple, config: ModelConfig, longest: int) -> None:
         n_heads = config.n_kv_heads if edit.site in ("k", "v") else config.n_heads
         _check_index("layer", edit.layer, -config.n_layers, config.n_layers)
         _check_index("head", edit.head, 0, n_heads)
-        _check_index("position", edit.position, -longest, longest, rank=1)
+        _check_index("position", edit.position, -longest, longest, n_rows)
         parts = jax.tree.leaves(edit.value)
         arrays = [x if isinstance(x, jax.Array) else np.asarray(x) for x in parts]
         if not arrays or any(x.dtype.kind in "OUS" for x in arrays):
@@ -207,15 +212,17 @@ def check_edits(edits: tuple, config: ModelConfig, longest: int) -> None:
             raise TypeError(expected("value", "numbers", repr(edit.value), do))
 
 
-def _check_index(name: str, given: Any, low: int, high: int, rank: int = 0) -> None:
-    """Raises unless it is None, or integers of at most this rank in [low, high)."""
+def _check_index(name: str, given: Any, low: int, high: int, n_rows: int | None = None) -> None:
+    """Raises unless it is None or an integer in [low, high); with `n_rows`, or one a row."""
     if given is None:
         return
     array = given if isinstance(given, jax.Array) else np.asarray(given)
-    if array.ndim > rank or not jnp.issubdtype(array.dtype, jnp.integer):
-        must = "an integer, or one a row" if rank else "an integer"
-        raise TypeError(expected(name, must, repr(given), "leave it out to select all of them"))
+    shapes = ((),) if n_rows is None else ((), (n_rows,))
+    if array.shape not in shapes or not jnp.issubdtype(array.dtype, jnp.integer):
+        must = "an integer" if n_rows is None else f"an integer, or one for each of {n_rows} rows"
+        do = "use an edit for each, or leave it out to select all"
+        raise TypeError(expected(name, must, repr(given), do))
     values = host(array)
     if values is not None and not ((low <= values) & (values < high)).all():
-        do = "positions count real tokens" if rank else f"the model has {high} of them"
+        do = "positions count real tokens" if n_rows else f"the model has {high} of them"
         raise IndexError(expected(name, f"in [{low}, {high})", given, do))

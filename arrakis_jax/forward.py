@@ -159,7 +159,7 @@ def checked_edits(
         do = "pass a tuple of Set, Add, Scale, Project, Replace or functions"
         raise TypeError(expected("edits", "edits", repr(edits), do))
     edits = tuple(edits)
-    check_edits(edits, model.config, longest_row(shape, mask))
+    check_edits(edits, model.config, shape[0], longest_row(shape, mask))
     return tuple(e if isinstance(e, Edit) else jax.tree_util.Partial(e) for e in edits)
 
 

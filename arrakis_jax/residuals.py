@@ -23,12 +23,29 @@ FIELDS = STREAM + SCALES + INTERNAL
 # How many axes each field has from T on; 2 unless named.
 TRAILING = {"q": 3, "k": 3, "v": 3, "z": 3} | dict.fromkeys(SCALES, 1)
 
+
+class Record:
+    """A dataclass that prints the shapes of its arrays, and not their values."""
+
+    def __repr__(self) -> str:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # pyright: ignore
+        shown = (f"{name}={_shown(value)}" for name, value in values.items() if value is not None)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple) and any(isinstance(item, Record) for item in value):
+        return f"({', '.join(map(repr, value))})"
+    shape = getattr(value, "shape", None)
+    return repr(value) if shape is None else f"{getattr(value, 'dtype', '')}{list(shape)}"
+
+
 ABSENT: Any = None  # the default of a field, which has an array's type: `need` guards its use
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class ResidualStream:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ResidualStream(Record):
     """The residual stream of one forward pass, as a plain pytree.
 
     At every layer `resid_mid = resid_pre + attn_out` and `resid_post = resid_mid + mlp_out`.
@@ -90,9 +107,10 @@ class ResidualStream:
         """Raises NotCapturedError unless every named field is here, for all layers if asked."""
         missing = [n for n in names if getattr(self, n) is None and n not in self.lacks]
         if missing:
+            usual = "'residuals' or " if set(names) <= set(DEFAULT_CAPTURE.fields) else ""
             raise NotCapturedError(
                 f"`residuals` must be captured with {missing}, got a stream without; "
-                f"run the model with capture={tuple(names)!r} (or 'residuals', 'all')"
+                f"run the model with capture={tuple(names)!r}, or {usual}'all'"
             )
         for what, wanted in (("layers", all_layers), ("positions", all_positions)):
             held = getattr(self, what)
@@ -166,8 +184,8 @@ class ResidualStream:
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class ModelOutput:
+@dataclass(frozen=True, repr=False)
+class ModelOutput(Record):
     """What a forward returns: `logits [B,T,V]` (None if not captured) and the residual stream."""
 
     logits: Float[Array, "B T V"]

@@ -1,6 +1,8 @@
 """Tokenizers: the checkpoint's own, prompts to padded batches, a text to its one token."""
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +13,7 @@ from arrakis_jax.checkpoint import local_folder
 from arrakis_jax.checks import checked_choice
 from arrakis_jax.errors import CheckpointError, expected
 
+ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 
 
@@ -31,11 +34,13 @@ def tokenizer_for(path_or_repo_id: str | Path, *, revision: str | None = None) -
     folder = local_folder(path_or_repo_id, revision=revision, files=TOKENIZER_FILES)
     try:
         if (folder / "tokenizer.json").is_file():
-            from transformers import PreTrainedTokenizerFast
+            with _no_advice():
+                from transformers import PreTrainedTokenizerFast
 
             return PreTrainedTokenizerFast.from_pretrained(folder)
         if any(folder.glob("*token*")) or any(folder.glob("vocab*")):
-            from transformers import AutoTokenizer
+            with _no_advice():
+                from transformers import AutoTokenizer
 
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         reason = "copy tokenizer.json into it"
@@ -128,13 +133,31 @@ def token_id(tokenizer: Any, text: str) -> int:
     ids = _ids(tokenizer, text, special=False)
     if len(ids) != 1 and text[:1] == " ":
         bare = _ids(tokenizer, text[1:], special=False)
-        if len(bare) == 1 and _continuation(tokenizer, bare[0]) == text:
+        if len(bare) == 1 and continuation(tokenizer, bare[0]) == text:
             ids = bare
+    if len(ids) != 1 and text:  # a piece that only ever continues a word
+        piece = tokenizer.convert_tokens_to_ids(text)
+        if piece not in (None, tokenizer.unk_token_id) and continuation(tokenizer, piece) == text:
+            ids = [piece]
     unknown = ids == [tokenizer.unk_token_id] and text != tokenizer.unk_token
     if len(ids) != 1 or unknown:
         got = f"{text!r}, which is {tokenizer.convert_ids_to_tokens(ids)}"
         raise ValueError(expected("text", "exactly one token", got, "mind the leading space"))
     return ids[0]
+
+
+@contextmanager
+def _no_advice() -> Iterator[None]:
+    """Keeps transformers from telling, when it is imported, that PyTorch is not there."""
+    before = os.environ.get(ADVICE)
+    os.environ[ADVICE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ADVICE]
+        else:
+            os.environ[ADVICE] = before
 
 
 def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
@@ -148,7 +171,7 @@ def _once(first: int, row: list[int]) -> list[int]:
     return row
 
 
-def _continuation(tokenizer: Any, token: int) -> str:
+def continuation(tokenizer: Any, token: int) -> str:
     """What a token adds to a text that it does not begin."""
     once, twice = (
         tokenizer.decode([token] * n, clean_up_tokenization_spaces=False) for n in (1, 2)

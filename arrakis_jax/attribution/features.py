@@ -21,7 +21,7 @@ from arrakis_jax.forward import compiled
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.numerics import norm, ratio
 from arrakis_jax.places import Places
-from arrakis_jax.residuals import ABSENT
+from arrakis_jax.residuals import ABSENT, Record
 
 METHODS = ("saliency", "grad_x_input", "integrated_gradients")
 # Integrated gradients with steps=None: nodes are doubled until every row's gap is small.
@@ -30,8 +30,8 @@ TOLERANCE = 1e-3
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Attribution:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Attribution(Record):
     """The share of each input token in a logit or logit difference.
 
     Attributes:

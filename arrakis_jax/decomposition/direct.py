@@ -24,7 +24,7 @@ from arrakis_jax.labels import Labels
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.numerics import contract, norm
 from arrakis_jax.places import Places
-from arrakis_jax.residuals import Capture, ModelOutput, ResidualStream
+from arrakis_jax.residuals import Capture, ModelOutput, Record, ResidualStream
 
 BY = ("component", "head")
 POINTS = ("resid_pre", "resid_mid", "resid_post")
@@ -51,8 +51,8 @@ def fields_for(model: Transformer, by: str) -> tuple[str, ...]:
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Decomposition:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Decomposition(Record):
     """The terms of a sum, in the order in which the model writes them, as factors.
 
     A vector term is held as it is, a head's as `z` and the model's `w_o`: nothing is expanded
@@ -129,8 +129,8 @@ class Decomposition:
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Factor:
+@dataclass(frozen=True, repr=False)
+class Factor(Record):
     """The terms of one kind in every layer.
 
     Attributes:
@@ -190,7 +190,8 @@ def decompose(
 
     `x = embed + pos + sum_l (attn_l + mlp_l)`, with `attn_l = sum_h z_lh w_o[l,h] + b_o[l]`.
     The terms sum to the stream at `at` (if no layers are left out). Nothing is folded into
-    weights and no norm is involved; a head's term includes its value bias.
+    weights and no norm is involved; a head's term includes its value bias. What an edit of the
+    stream itself (resid_pre, resid_mid, resid_post, final) adds is no term: the sum then lacks it.
 
     Args:
         model: the transformer.

@@ -25,12 +25,12 @@ from arrakis_jax.labels import Labels
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.numerics import contract, ratio
 from arrakis_jax.places import Places
-from arrakis_jax.residuals import Capture, ModelOutput, ResidualStream
+from arrakis_jax.residuals import Capture, ModelOutput, Record, ResidualStream
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class LogitAttribution:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LogitAttribution(Record):
     """The share of each of C terms in a logit or logit difference, in logits.
 
     Attributes:

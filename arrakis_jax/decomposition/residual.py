@@ -12,12 +12,12 @@ from arrakis_jax.axes import Array, Float, Int
 from arrakis_jax.checks import checked_layer
 from arrakis_jax.errors import NotCapturedError, expected
 from arrakis_jax.forward import stream_of
-from arrakis_jax.residuals import ModelOutput, ResidualStream
+from arrakis_jax.residuals import ModelOutput, Record, ResidualStream
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class ResidualDecomposition:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ResidualDecomposition(Record):
     """The parts of `resid_post[layer_idx]`; they sum to it, in this order, exactly.
 
     (To the rounding of the stream, in a model with a `stream_dtype`: see `decompose`.)

@@ -10,15 +10,15 @@ from arrakis_jax.checks import Mask, Tokens, checked_layer, checked_tokens
 from arrakis_jax.forward import compiled, stream_of
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.numerics import norm, ratio
-from arrakis_jax.residuals import Capture, ModelOutput, ResidualStream
+from arrakis_jax.residuals import Capture, ModelOutput, Record, ResidualStream
 
 _POSTS = Capture(("resid_pre", "final"))
 _POINTS = Capture(("resid_pre", "resid_mid", "final"))
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Movement:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Movement(Record):
     """How the stream changes from a point a to a point b.
 
     Attributes:
@@ -33,7 +33,7 @@ class Movement:
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class MovementMatrix(Movement):
     """The movement between all pairs of P stream points: `[P,P,B,T]`, from the first to the second.
 

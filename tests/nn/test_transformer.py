@@ -286,7 +286,8 @@ class TestEdits:
             (Set("z", 0.0, layer=1.5), TypeError, "`layer` must be an integer, got 1.5"),
             (Set("z", 0.0, layer=[0, 1]), TypeError, "`layer` must be an integer, got"),
             (Set("z", 0.0, head="a"), TypeError, "`head` must be an integer, got 'a'"),
-            (Set("z", 0.0, position=1.5), TypeError, "`position` must be an integer, or one a row"),
+            (Set("z", 0.0, position=1.5), TypeError, "`position` must be an integer, or one for"),
+            (Set("z", 0.0, position=[1, 2]), TypeError, "or one for each of 5 rows, got"),
             (Set("final", 0.0, layer=0), ValueError, "`layer` must be None at site 'final', got 0"),
             (Add("resid_pre", "abc"), TypeError, "`value` must be numbers, got 'abc'"),
             (
