@@ -87,6 +87,13 @@ def run(
 
     Raises:
         TypeError, ValueError, IndexError: for tokens, mask, capture or edits that do not fit.
+
+    Example:
+        >>> model, tokenizer = demo_model()
+        >>> tokens, mask = encode(tokenizer, ["Alice and Tom", "Lucy"])
+        >>> out = run(model, tokens, mask=mask, edits=Set("z", 0.0, layer=1, head=2))
+        >>> out.logits.shape, out.residuals.resid_mid.shape
+        ((2, 4, 451), (4, 2, 4, 128))
     """
     tokens, mask = checked_tokens(model.config, tokens, mask, check=check)
     edits = checked_edits(model, edits, tokens.shape, mask)
@@ -124,6 +131,16 @@ def resume(
 
     Returns:
         Logits, with `final` and `norm_final_scale` in the residual stream.
+
+    Raises:
+        ValueError, IndexError: for a stream of another shape, or a block that is not there.
+
+    Example:
+        >>> model, tokenizer = demo_model()
+        >>> out = run(model, encode(tokenizer, "Alice and Tom")[0])
+        >>> again = resume(model, out.residuals.resid_pre[2], 2)
+        >>> bool(jnp.allclose(again.logits, out.logits, atol=1e-3))
+        True
     """
     x = jnp.asarray(x)
     if x.ndim != 3 or x.shape[-1] != model.config.d_model:

@@ -92,6 +92,19 @@ def feature_attribution(
     Returns:
         An Attribution in logits (saliency: logits per unit of embedding); zero at padding.
 
+    Raises:
+        TypeError, ValueError, IndexError: for tokens, targets or options that do not fit.
+
+    Example:
+        >>> model, tokenizer = demo_model()
+        >>> tokens, mask = encode(tokenizer, "Alice and Tom met, Tom gave a book to")
+        >>> alice, tom = (token_id(tokenizer, name) for name in (" Alice", " Tom"))
+        >>> found = feature_attribution(
+        ...     model, tokens, alice, against=tom, mask=mask, method="integrated_gradients"
+        ... )
+        >>> found.tokens.shape, bool(found.gap.max() <= 1e-3)
+        ((1, 11), True)
+
     Reference:
         Simonyan et al. 2014 (saliency); Sundararajan et al. 2017 (integrated gradients).
     """

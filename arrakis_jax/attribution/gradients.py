@@ -155,6 +155,15 @@ def residual_gradients(
         A ResidualStream whose fields hold gradients, in logits per unit; norm scales are None,
         and everything is zero at padding.
 
+    Raises:
+        TypeError, ValueError, IndexError: for tokens, targets or a capture that do not fit.
+
+    Example:
+        >>> model, tokenizer = demo_model()
+        >>> tokens, mask = encode(tokenizer, ["Alice and Tom", "Lucy"])
+        >>> residual_gradients(model, tokens, 3, mask=mask, capture="all").pattern.shape
+        (4, 2, 4, 4, 4)
+
     Reference:
         Activation gradients by zero-valued taps; cost two forwards, since weight gradients are
         never formed.

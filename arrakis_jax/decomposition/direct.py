@@ -213,6 +213,16 @@ def decompose(
     Raises:
         NotCapturedError: if the stream lacks a field, a layer or a position that this needs.
 
+    Example:
+        >>> model, tokenizer = demo_model()
+        >>> tokens, mask = encode(tokenizer, "Alice and Tom")
+        >>> out = run(model, tokens, capture=capture_for("head"))
+        >>> parts = decompose(model, out, by="head")
+        >>> len(parts.labels), parts.labels[1], parts.norms().shape
+        (21, Label(layer=0, kind='head', index=0, source=None), (21, 1, 4))
+        >>> bool(jnp.allclose(parts.terms.sum(0), out.residuals.final, atol=1e-4))
+        True
+
     Reference:
         Elhage et al. 2021, A Mathematical Framework for Transformer Circuits, "Residual stream".
     """

@@ -106,6 +106,15 @@ def logit_attribution(
     Raises:
         NotCapturedError: if a stream is given that lacks a field or position.
 
+    Example:
+        >>> model, tokenizer = demo_model()
+        >>> prompts = ["Alice and Tom met, Tom gave a book to", "Lucy and Mark"]
+        >>> tokens, mask = encode(tokenizer, prompts)
+        >>> alice = token_id(tokenizer, " Alice")
+        >>> found = logit_attribution(model, tokens, alice, by="head", mask=mask)
+        >>> found.terms.shape, found.by_head().shape, bool(found.gap.max() < 1e-5)
+        ((21, 2), (4, 4, 2), True)
+
     Reference:
         Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.
     """

@@ -54,6 +54,14 @@ def residual_decomposition(
         IndexError: if there is no such layer.
         NotCapturedError: if the stream does not hold it.
 
+    Example:
+        >>> model, tokenizer = demo_model()
+        >>> out = run(model, encode(tokenizer, "Alice and Tom")[0])
+        >>> parts = residual_decomposition(out, -1)
+        >>> total = parts.from_prev + parts.from_attn + parts.from_mlp + parts.from_norm
+        >>> bool((total == out.residuals.resid_post[-1]).all())
+        True
+
     Reference:
         Elhage et al. 2021, "Residual stream"; `residual_decomposition` of Arrakis, whose identity
         is corrected here.

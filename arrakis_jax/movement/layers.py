@@ -86,6 +86,15 @@ def residual_movement(
     Returns:
         Movement of `[B,T]` arrays: `|b - a| / |a|`, cosine, and angle in radians; zero at padding.
 
+    Raises:
+        IndexError: if there is no such layer.
+
+    Example:
+        >>> model, tokenizer = demo_model()
+        >>> tokens, mask = encode(tokenizer, ["Alice and Tom", "Lucy"])
+        >>> residual_movement(model, tokens, 0, -1, mask=mask)
+        Movement(relative_norm=float32[2, 4], cosine=float32[2, 4], angle=float32[2, 4])
+
     Reference:
         `residual_movement` of Arrakis; Gromov et al. 2024 for the angle.
     """
@@ -140,6 +149,12 @@ def movement_matrix(
     Returns:
         `[P,P,B,T]` arrays, from the first axis' point to the second's, and the points' names;
         zero at padding.
+
+    Example:
+        >>> model, tokenizer = demo_model()
+        >>> found = movement_matrix(model, encode(tokenizer, "Alice and Tom")[0])
+        >>> found.points[1], found.angle.shape
+        (('resid_mid', 0), (9, 9, 1, 4))
     """
     stream = stream_of(tokens, mask)
     if stream is not None:
