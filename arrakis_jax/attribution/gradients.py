@@ -83,7 +83,7 @@ def target_value(
     capture: tuple[str, ...] = (),
 ) -> tuple[Float[Array, " B"], ResidualStream]:
     """The target of each row from the embedded stream, unembedding only the tokens it reads."""
-    fields = tuple({*capture, "final"})
+    fields = tuple(dict.fromkeys((*capture, "final")))
     stream = model.after_embedding(x_BTD, mask=mask, capture=Capture(fields), taps=taps).residuals
     read = stream.at(target.position[:, None]).squeezed()
     y_BD = model.final_norm(read.final)

@@ -47,7 +47,8 @@ class Top(NamedTuple):
 def fields_for(model: Transformer, by: str) -> tuple[str, ...]:
     """The fields that the terms of this model need: with a rounded stream, what was rounded too."""
     rounded = ("resid_pre", "attn_out", "resid_mid", "final")
-    return tuple({*_CAPTURE[by], *(rounded if model.config.stream_dtype else ())})
+    names = (*_CAPTURE[by], *(rounded if model.config.stream_dtype else ()))
+    return tuple(dict.fromkeys(names))  # each once, in this order
 
 
 @jax.tree_util.register_dataclass

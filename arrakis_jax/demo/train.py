@@ -1,7 +1,7 @@
 """Trains the shipped model from nothing: `python -m arrakis_jax.demo.train`.
 
 Writes the tokenizer, the weights in the Hugging Face layout of Llama, and the figures that the
-model reaches. Needs the extra `train`; takes some fifteen minutes on two CPU cores.
+model reaches. Needs the extra `train`; takes up to twenty minutes on two CPU cores.
 """
 
 import json
