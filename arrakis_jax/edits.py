@@ -17,15 +17,24 @@ from arrakis_jax.axes import Array, Int
 from arrakis_jax.checks import host
 from arrakis_jax.config import ModelConfig
 from arrakis_jax.errors import expected
-from arrakis_jax.residuals import FIELDS, UNSTACKED, lacking
+from arrakis_jax.residuals import FIELDS, SCALES, UNSTACKED, lacking
 
-EDIT_SITES = (*FIELDS, "resid_post")
+EDIT_SITES = (*(name for name in FIELDS if name != "routing"), "resid_post")
+HEAD_SITES = ("q", "k", "v", "z", "pattern")
 
-# Axes of a site's value counted from the right: (position axis, head axis).
-_AXES = {
-    "q": (-3, -2), "k": (-3, -2), "v": (-3, -2), "z": (-3, -2), "pattern": (-2, -3),
-    "norm_attn_scale": (-1, None), "norm_mlp_scale": (-1, None), "norm_final_scale": (-1, None),
-}  # fmt: skip
+
+def _axes(site: str) -> tuple[int, int]:
+    """The position axis and (at a site that has one) the head axis of a site's value."""
+    return (2, 1) if site == "pattern" else (1, 2)
+
+
+def _rank(site: str, config: ModelConfig) -> int:
+    """How many axes a site's value has, without L."""
+    if site in SCALES:
+        return (
+            3 if site in ("norm_q_scale", "norm_k_scale") and config.qk_norm != "all_heads" else 2
+        )
+    return 4 if site in HEAD_SITES or (site == "mlp_act" and config.n_experts) else 3
 
 
 @dataclass(frozen=True)
@@ -54,12 +63,14 @@ class Edit:
     head: Any = field(default=None, kw_only=True)
     position: Any = field(default=None, kw_only=True)
 
-    def bind(self, n_layers: int, position_BT: Int[Array, "B T"], count_B: Int[Array, " B"]) -> Any:
+    def bind(
+        self, config: ModelConfig, position_BT: Int[Array, "B T"], count_B: Int[Array, " B"]
+    ) -> Any:
         """The edit with its layer counted from 0 and its position as a `[B,T]` selection."""
         layer, position = self.layer, self.position
         if layer is not None:
             layer = jnp.asarray(layer)
-            layer = jnp.where(layer < 0, layer + n_layers, layer)
+            layer = jnp.where(layer < 0, layer + config.n_layers, layer)
         if position is not None:
             position = jnp.asarray(position)
             wanted_B = jnp.where(position < 0, position + count_B, position)
@@ -70,13 +81,13 @@ class Edit:
         """The value with the change made where this edit selects it."""
         if site != self.site:
             return value
-        at_position, at_head = _AXES.get(site, (-2, None))
-        removed = [at_position % value.ndim] if self.position is not None else []
+        at_position, at_head = _axes(site)
+        removed = [at_position] if self.position is not None else []
         select = jnp.ones((1,) * value.ndim, bool)
         if self.layer is not None and layer is not None:
             select &= layer == self.layer
         if self.head is not None:
-            removed.append(at_head % value.ndim)
+            removed.append(at_head)
             select &= _along(jnp.arange(value.shape[at_head]), at_head, value.ndim) == self.head
         if self.position is not None:
             select &= jnp.expand_dims(
@@ -105,7 +116,7 @@ class Edit:
 
 
 def _along(index: Array, axis: int, ndim: int) -> Array:
-    return index.reshape([-1 if a == axis % ndim else 1 for a in range(ndim)])
+    return index.reshape([-1 if a == axis else 1 for a in range(ndim)])
 
 
 @jax.tree_util.register_dataclass
@@ -164,13 +175,13 @@ class Replace(Edit):
     takes its own; or what `Set` takes: `[B,T,...]` for `embed` and `final` or for one layer.
     """
 
-    def bind(self, n_layers, position_BT, count_B):  # noqa: D102
-        shape = jnp.shape(self.value)
-        rank = 1 - _AXES.get(self.site, (-2, None))[0] + (self.site == "pattern")
-        if self.site not in UNSTACKED and len(shape) == rank + 1 and shape[0] != n_layers:
-            must, do = f"of all {n_layers} layers, or of one", "give value[i] with layer=..."
+    def bind(self, config, position_BT, count_B):  # noqa: D102
+        shape, n = jnp.shape(self.value), config.n_layers
+        stacked = self.site not in UNSTACKED and len(shape) == _rank(self.site, config) + 1
+        if stacked and shape[0] != n:
+            must, do = f"of all {n} layers, or of one", "give value[i] with layer=..."
             raise ValueError(expected("value", must, f"shape {shape}", do))
-        return super().bind(n_layers, position_BT, count_B)
+        return super().bind(config, position_BT, count_B)
 
     def change(self, value, layer, removed):  # noqa: D102
         other = jnp.asarray(self.value)
@@ -198,7 +209,7 @@ def check_edits(edits: tuple, config: ModelConfig, n_rows: int, longest: int) ->
         if edit.site in UNSTACKED and edit.layer is not None:
             got, do = edit.layer, "it is outside of the layers"
             raise ValueError(expected("layer", f"None at site {edit.site!r}", got, do))
-        if edit.head is not None and edit.site not in ("q", "k", "v", "z", "pattern"):
+        if edit.head is not None and edit.site not in HEAD_SITES:
             do = "use site 'z' for a head's output"
             raise ValueError(expected("head", f"None at site {edit.site!r}", edit.head, do))
         n_heads = config.n_kv_heads if edit.site in ("k", "v") else config.n_heads

@@ -10,8 +10,10 @@ class Label(NamedTuple):
 
     Attributes:
         layer: the layer that writes it; None for embeddings.
-        kind: embed, pos, attn, head, attn_bias, mlp, attn_rounding or mlp_rounding.
-        index: which head; None for kinds of which a layer has one.
+        kind: embed, pos, attn, head, attn_bias, mlp, neuron, mlp_bias, expert, shared_expert,
+            norm_bias, attn_rounding or mlp_rounding.
+        index: which head, neuron or expert; None for kinds of which a layer has one. Of norm_bias:
+            0 for attention's, 1 for the MLP's.
         source: the source position, in decompositions by source; else None.
     """
 
@@ -25,29 +27,61 @@ class Label(NamedTuple):
         return f"{layer}{self.kind}" + ("" if self.index is None else f" {self.index}")
 
 
+class Kind(NamedTuple):
+    """Terms of one kind in one layer: their name, and their indices (None: one without)."""
+
+    name: str
+    indices: range | None = None
+
+    @property
+    def count(self) -> int:
+        """How many terms."""
+        return 1 if self.indices is None else len(self.indices)
+
+
+class Segment(NamedTuple):
+    """Layers that hold terms of the same kinds, in the order in which they are written."""
+
+    layers: tuple[int, ...]
+    kinds: tuple[Kind, ...]
+
+    @property
+    def per_layer(self) -> int:
+        """How many terms a whole layer has."""
+        return sum(kind.count for kind in self.kinds)
+
+    def offsets(self, name: str) -> list[int]:
+        """Where in a layer's terms those of this kind stand."""
+        found, start = [], 0
+        for kind in self.kinds:
+            if kind.name == name:
+                found += range(start, start + kind.count)
+            start += kind.count
+        return found
+
+
 @dataclass(frozen=True)
 class Labels(Sequence):
     """The labels of a decomposition's terms, in the order in which the model writes them.
 
     Attributes:
         first: kinds before the layers, one term each.
-        layers: the layers listed.
-        kinds: what each layer holds: `(kind, count)`, with count 0 for one term without an index.
+        segments: the layers listed, and what each of them holds.
         dropped: how many terms are missing at the end, because the last layer is cut there.
     """
 
     first: tuple[str, ...]
-    layers: tuple[int, ...]
-    kinds: tuple[tuple[str, int], ...]
+    segments: tuple[Segment, ...]
     dropped: int = 0
 
     @property
-    def per_layer(self) -> int:
-        """How many terms a whole layer has."""
-        return sum(max(count, 1) for _, count in self.kinds)
+    def layers(self) -> tuple[int, ...]:
+        """The layers listed."""
+        return tuple(layer for segment in self.segments for layer in segment.layers)
 
     def __len__(self) -> int:
-        return len(self.first) + len(self.layers) * self.per_layer - self.dropped
+        listed = sum(len(s.layers) * s.per_layer for s in self.segments)
+        return len(self.first) + listed - self.dropped
 
     @overload
     def __getitem__(self, i: int) -> Label: ...
@@ -64,28 +98,30 @@ class Labels(Sequence):
         i = int(i) % len(self)
         if i < len(self.first):
             return Label(None, self.first[i])
-        layer, rest = divmod(i - len(self.first), self.per_layer)
-        for kind, count in self.kinds:
-            if rest < max(count, 1):
-                return Label(self.layers[layer], kind, rest if count else None)
-            rest -= max(count, 1)
+        rest = i - len(self.first)
+        for segment in self.segments:
+            if rest >= len(segment.layers) * segment.per_layer:
+                rest -= len(segment.layers) * segment.per_layer
+                continue
+            layer, rest = divmod(rest, segment.per_layer)
+            for kind in segment.kinds:
+                if rest < kind.count:
+                    index = None if kind.indices is None else kind.indices[rest]
+                    return Label(segment.layers[layer], kind.name, index)
+                rest -= kind.count
         raise AssertionError("labels do not cover their own length")
 
     def __iter__(self) -> Iterator[Label]:
         return (self[i] for i in range(len(self)))
 
-    def start(self, kind: str) -> int:
-        """Where in a layer's terms this kind starts."""
-        start = 0
-        for name, count in self.kinds:
-            if name == kind:
-                return start
-            start += max(count, 1)
-        kinds = tuple(name for name, _ in self.kinds)
-        raise ValueError(f"`kind` must be one of {kinds}, got {kind!r}; choose another `by`")
+    def check(self, kind: str) -> None:
+        """Raises ValueError unless some layer has this kind."""
+        kinds = tuple({k.name: None for segment in self.segments for k in segment.kinds})
+        if kind not in kinds:
+            raise ValueError(f"`kind` must be one of {kinds}, got {kind!r}; choose another `by`")
 
     def where(self, kind: str) -> list[int]:
         """The indices of every term of this kind; ValueError if there is no such kind."""
         if kind not in self.first:
-            self.start(kind)
+            self.check(kind)
         return [i for i, label in enumerate(self) if label.kind == kind]

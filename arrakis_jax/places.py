@@ -36,14 +36,17 @@ class Places:
         """The mask, also when every token is real."""
         return jnp.ones(self.position.shape, bool) if self.mask is None else self.mask
 
-    def allowed(self) -> Bool[Array, "... T S"]:
-        """Which keys each query may read: real ones, up to itself."""
+    def allowed(self, window: int | None = None) -> Bool[Array, "... T S"]:
+        """Which keys each query may read: real ones, the last `window` up to itself (or all)."""
         t = self.position.shape[-1]
-        causal_TS = jnp.tril(jnp.ones((t, t), bool))
+        allowed = jnp.tril(jnp.ones((t, t), bool))[None]
         if self.mask is None:
-            return causal_TS[None]
+            return allowed if window is None else jnp.triu(allowed, 1 - window)
         keys = self.mask[..., None, :]
-        return over(causal_TS, keys) & keys
+        allowed = over(allowed[0], keys) & keys
+        if window is None:
+            return allowed
+        return allowed & (self.position[..., None] - self.position[..., None, :] < window)
 
     def number(self, wanted: Int[Array, "... N"]) -> Int[Array, "... N"]:
         """Positions counted from each row's first real token; negative ones from its end."""

@@ -4,7 +4,11 @@ from typing import Any
 
 from arrakis_jax.attribution.features import Attribution, feature_attribution
 from arrakis_jax.checks import Ids
-from arrakis_jax.decomposition.residual import ResidualDecomposition, residual_decomposition
+from arrakis_jax.decomposition.residual import (
+    ResidualDecomposition,
+    normed_decomposition,
+    residual_decomposition,
+)
 from arrakis_jax.errors import expected
 from arrakis_jax.forward import run, stream_of
 from arrakis_jax.movement.layers import Movement, residual_movement
@@ -12,7 +16,7 @@ from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.residuals import Capture, ModelOutput, ResidualStream
 from arrakis_jax.tokens import encode, token_id
 
-_LAYER = Capture(("resid_pre", "attn_out", "mlp_out"))
+_LAYER = Capture(("resid_pre", "attn_out", "mlp_out", "norm_attn_scale", "norm_mlp_scale"))
 
 
 class ResidualTools:
@@ -49,6 +53,8 @@ class ResidualTools:
             do = "they belong to the forward, which has been run"
             got = sorted(options.keys() - {"mask"})
             raise TypeError(expected("options", "none with a stream", got, do))
+        if self.model.config.norms_stream:
+            return normed_decomposition(self.model, activations, layer_idx)
         return residual_decomposition(activations, layer_idx)
 
     def residual_movement(

@@ -1,7 +1,8 @@
 """The pytrees that everything speaks: the residual stream, what to capture of it, and edits."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,12 +17,20 @@ from arrakis_jax.places import Places
 
 # Fields without an L axis; the others have it first.
 UNSTACKED = ("embed", "final", "norm_final_scale")
+ABOUT = ("tokens", "mask")
 STREAM = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "final")
-SCALES = ("norm_attn_scale", "norm_mlp_scale", "norm_final_scale")
-INTERNAL = ("q", "k", "v", "pattern", "z", "mlp_act")
-FIELDS = STREAM + SCALES + INTERNAL
-# How many axes each field has from T on; 2 unless named.
-TRAILING = {"q": 3, "k": 3, "v": 3, "z": 3} | dict.fromkeys(SCALES, 1)
+SCALES = (
+    "norm_attn_scale", "norm_attn_out_scale", "norm_mlp_scale", "norm_mlp_out_scale",
+    "norm_q_scale", "norm_k_scale", "norm_final_scale",
+)  # fmt: skip
+MLP_FIELDS = ("mlp_out", "mlp_act", "norm_mlp_scale", "norm_mlp_out_scale")
+MOE_FIELDS = ("shared_act", "router", "routing")
+INTERNAL = ("q", "k", "v", "pattern", "z", "mlp_act", "shared_act", "router")
+FIELDS = (*STREAM, *SCALES, *INTERNAL, "routing")
+# Fields that segments of layers may have or not, or in other shapes: then a tuple, one for each.
+SEGMENTED = ("mlp_act", *MOE_FIELDS)
+# The sites whose values together are the field "routing".
+ROUTING_SITES = {"index": "routing_index", "weight": "routing_weight", "shared": "shared_gate"}
 
 
 class Record:
@@ -34,8 +43,10 @@ class Record:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, tuple) and any(isinstance(item, Record) for item in value):
-        return f"({', '.join(map(repr, value))})"
+    if isinstance(value, tuple) and any(
+        isinstance(v, Record) or hasattr(v, "shape") for v in value
+    ):
+        return f"({', '.join(map(_shown, value))})"
     shape = getattr(value, "shape", None)
     return repr(value) if shape is None else f"{getattr(value, 'dtype', '')}{list(shape)}"
 
@@ -45,35 +56,65 @@ ABSENT: Any = None  # the default of a field, which has an array's type: `need` 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, repr=False)
+class Routing(Record):
+    """Where a mixture-of-experts layer sends each token.
+
+    Attributes:
+        index: `[L,B,T,k]`, its experts, those of larger weight first; 0 at padding.
+        weight: `[L,B,T,k]`, what each expert's output is multiplied by.
+        shared: `[L,B,T]`, what the shared expert's output is multiplied by; None without one.
+    """
+
+    index: Int[Array, "L B T k"]
+    weight: Float[Array, "L B T k"]
+    shared: Float[Array, "L B T"] = ABSENT
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ResidualStream(Record):
     """The residual stream of one forward pass, as a plain pytree.
 
-    At every layer `resid_mid = resid_pre + attn_out` and `resid_post = resid_mid + mlp_out`.
+    At every layer `resid_mid = resid_pre + attn_out` and `resid_post = resid_mid + mlp_out` (in a
+    parallel block, which has no resid_mid, `resid_post = resid_pre + attn_out + mlp_out`; where
+    norms are applied to the stream itself see `decompose`).
     Everything is zero at padding, except norm scales, which are one there. A field that was not
     captured is None. The leading axis L runs over `layers` (all of them when that is None), the
-    axis T over `positions` (counted in real tokens; all when None).
+    axis T over `positions` (counted in real tokens; all when None). In a model with several
+    segments of layers (some with experts, some without), `mlp_act`, `shared_act`, `router` and
+    `routing` are tuples, one entry a segment, each with its own layers.
 
     Attributes:
         embed: `[B,T,D]`, token embedding plus learned position embedding.
         resid_pre: `[L,B,T,D]`, the stream entering each block.
-        attn_out: `[L,B,T,D]`, what attention writes to the stream, output bias included.
-        resid_mid: `[L,B,T,D]`, the stream between attention and MLP.
+        attn_out: `[L,B,T,D]`, what attention writes to the stream: output bias, norms of the
+            output and multipliers included.
+        resid_mid: `[L,B,T,D]`, the stream between attention and MLP; None in parallel blocks.
         mlp_out: `[L,B,T,D]`, what the MLP writes; None in attention-only models.
         final: `[B,T,D]`, the stream before the final norm.
-        norm_attn_scale: `[L,B,T]`, the divisor of the norm before attention.
-        norm_mlp_scale: `[L,B,T]`, the divisor of the norm before the MLP.
+        norm_attn_scale: `[L,B,T]`, the divisor of the norm before attention (or of the stream).
+        norm_attn_out_scale: `[L,B,T]`, the divisor of the norm of attention's output.
+        norm_mlp_scale: `[L,B,T]`, the divisor of the norm before the MLP (or of the stream).
+        norm_mlp_out_scale: `[L,B,T]`, the divisor of the norm of the MLP's output.
+        norm_q_scale: `[L,B,T,H]` (or `[L,B,T]` over all heads), the divisor of queries.
+        norm_k_scale: `[L,B,T,G]` (or `[L,B,T]`), the divisor of keys.
         norm_final_scale: `[B,T]`, the divisor of the final norm.
-        q: `[L,B,T,H,K]`, queries, after RoPE.
-        k: `[L,B,T,G,K]`, keys, after RoPE.
+        q: `[L,B,T,H,K]`, queries, after their norm and RoPE.
+        k: `[L,B,T,G,K]`, keys, after their norm and RoPE.
         v: `[L,B,T,G,K]`, values.
-        pattern: `[L,B,H,T,S]`, attention probabilities.
+        pattern: `[L,B,H,T,S]`, attention probabilities; with attention sinks a row sums to less
+            than one.
         z: `[L,B,T,H,K]`, attention-weighted values of each head.
-        mlp_act: `[L,B,T,F]`, what multiplies `w_out`.
+        mlp_act: `[L,B,T,F]`, what multiplies `w_out`; with experts `[L,B,T,k,F]`.
+        shared_act: `[L,B,T,F]`, what multiplies the shared expert's `w_out`.
+        router: `[L,B,T,E]`, the router's scores before softmax.
+        routing: the experts of each token and their weights.
         tokens: `[B,T]`, the token ids.
         mask: `[B,T]` bool, True at real tokens.
         layers: the layers held, ascending, or None for all.
         positions: the positions held, or None for all.
         lacks: the fields that the model itself does not have, such as an MLP's.
+        normed: whether norms are applied to the stream itself, which then is no plain sum.
     """
 
     embed: Float[Array, "B T D"] = ABSENT
@@ -83,19 +124,27 @@ class ResidualStream(Record):
     mlp_out: Float[Array, "L B T D"] = ABSENT
     final: Float[Array, "B T D"] = ABSENT
     norm_attn_scale: Float[Array, "L B T"] = ABSENT
+    norm_attn_out_scale: Float[Array, "L B T"] = ABSENT
     norm_mlp_scale: Float[Array, "L B T"] = ABSENT
+    norm_mlp_out_scale: Float[Array, "L B T"] = ABSENT
+    norm_q_scale: Float[Array, "L B T H"] = ABSENT
+    norm_k_scale: Float[Array, "L B T G"] = ABSENT
     norm_final_scale: Float[Array, "B T"] = ABSENT
     q: Float[Array, "L B T H K"] = ABSENT
     k: Float[Array, "L B T G K"] = ABSENT
     v: Float[Array, "L B T G K"] = ABSENT
     pattern: Float[Array, "L B H T S"] = ABSENT
     z: Float[Array, "L B T H K"] = ABSENT
-    mlp_act: Float[Array, "L B T F"] = ABSENT
+    mlp_act: Float[Array, "L B T F"] | tuple[Array, ...] = ABSENT
+    shared_act: Float[Array, "L B T F"] | tuple[Array | None, ...] = ABSENT
+    router: Float[Array, "L B T E"] | tuple[Array | None, ...] = ABSENT
+    routing: Routing | tuple[Routing | None, ...] = ABSENT
     tokens: Int[Array, "B T"] = ABSENT
     mask: Bool[Array, "B T"] = ABSENT
     layers: tuple[int, ...] | None = field(default=None, metadata={"static": True})
     positions: tuple[int, ...] | None = field(default=None, metadata={"static": True})
     lacks: tuple[str, ...] = field(default=(), metadata={"static": True})
+    normed: bool = field(default=False, metadata={"static": True})
 
     @property
     def resid_post(self) -> Float[Array, "L B T D"]:
@@ -138,29 +187,35 @@ class ResidualStream(Record):
                 )
             chosen = jnp.array([self.positions.index(p) for p in static], int)
             column = jnp.broadcast_to(chosen, index.shape)
-        fields_at: dict[str, Any] = {
-            name: select_positions(
+        fields_at = self._each(
+            lambda name, axis, value: select_positions(
                 value,
                 column,
                 valid,
-                value.ndim - TRAILING.get(name, 2),
+                axis,
                 batch_axis=int(name not in UNSTACKED),
-                absent=float(name in SCALES),
+                absent=int(name in SCALES),
+            )
+        )
+        if self.tokens is not None:
+            fields_at["tokens"] = jnp.take_along_axis(self.tokens, index, -1)
+        about: dict[str, Any] = {n: getattr(self, n) for n in ("layers", "lacks", "normed")}
+        return ResidualStream(**fields_at, mask=valid, **about)
+
+    def _each(self, change: Callable[[str, int, Array], Array]) -> dict[str, Any]:
+        """Every captured field, its arrays changed by a function of its name and T axis."""
+        before = self.mask.ndim - 1  # the axes between L and T
+        return {
+            name: jax.tree.map(
+                partial(change, name, (name not in UNSTACKED) + before + (name == "pattern")), value
             )
             for name in FIELDS
             if (value := getattr(self, name)) is not None
         }
-        if self.tokens is not None:
-            fields_at["tokens"] = jnp.take_along_axis(self.tokens, index, -1)
-        return ResidualStream(**fields_at, mask=valid, layers=self.layers, lacks=self.lacks)
 
     def squeezed(self) -> "ResidualStream":
         """A stream at one position, without the position axis."""
-        values: dict[str, Any] = {
-            name: jnp.squeeze(value, value.ndim - TRAILING.get(name, 2))
-            for name in FIELDS
-            if (value := getattr(self, name)) is not None
-        }
+        values = self._each(lambda _, axis, value: jnp.squeeze(value, axis))
         if self.tokens is not None:
             values["tokens"] = self.tokens[..., 0]
         return replace(self, **values, mask=self.mask[..., 0], positions=None)
@@ -168,9 +223,9 @@ class ResidualStream(Record):
     def batch_axes(self) -> "ResidualStream":
         """The `in_axes` pytree with which `jax.vmap` maps over the examples of the batch."""
         axes: dict[str, Any] = {
-            f.name: 0 if f.name in (*UNSTACKED, "tokens", "mask") else 1
-            for f in fields(self)
-            if f.name not in ("layers", "positions", "lacks") and getattr(self, f.name) is not None
+            name: jax.tree.map(lambda _, n=name: 0 if n in (*UNSTACKED, *ABOUT) else 1, value)
+            for name in (*FIELDS, *ABOUT)
+            if (value := getattr(self, name)) is not None
         }
         return replace(self, **axes)
 
@@ -244,8 +299,22 @@ def _integers(values: Any) -> np.ndarray | None:
 
 def lacking(config: ModelConfig) -> tuple[str, ...]:
     """The fields of a residual stream that a model of this config does not have."""
-    mlp = () if config.d_mlp else ("mlp_out", "mlp_act", "norm_mlp_scale")
-    return mlp if config.norm else tuple(sorted({*mlp, *SCALES}))
+    place = config.norm_placement
+    has_mlp = config.d_mlp > 0 or config.n_experts > 0
+    rules = (
+        (MLP_FIELDS, has_mlp),
+        (MOE_FIELDS, config.n_experts > 0),
+        (("shared_act",), config.d_shared_expert > 0),
+        (("resid_mid",), not config.parallel),
+        (SCALES, config.norm is not None),
+        (("norm_attn_scale", "norm_mlp_scale"), place != "post"),
+        (("norm_mlp_scale",), not config.shared_norm),
+        (("norm_attn_out_scale", "norm_mlp_out_scale"), place in ("post", "both")),
+        (("norm_q_scale", "norm_k_scale"), config.qk_norm is not None),
+        (("norm_final_scale",), config.final_norm),
+    )
+    absent = {name for names, present in rules if not present for name in names}
+    return tuple(name for name in FIELDS if name in absent)
 
 
 DEFAULT_CAPTURE = Capture(("logits", *STREAM, *SCALES))

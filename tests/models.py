@@ -25,6 +25,10 @@ GPT2 = dict(
     norm="layernorm", gated=False, activation="gelu_tanh", n_kv_heads=6, **NO_ROPE, **BIASES
 )
 
+ROPE = dict(positions="rope", rope_theta=100.0)
+MOE = dict(n_experts=5, experts_per_token=2, d_expert=11)
+WINDOWS = dict(window=4, window_layers=(True, False, True), window_rope_theta=10.0)
+
 VARIANTS = {
     "llama": {},
     "llama3": dict(rope_scaling=LLAMA3, **BIASES),
@@ -36,6 +40,52 @@ VARIANTS = {
     "bilinear": dict(activation="identity"),
     "relu": dict(activation="relu", gated=False, positions=None, rope_theta=None),
     "one_layer": dict(n_layers=1),
+    "post": dict(norm_placement="post", qk_norm="all_heads"),
+    "both": dict(
+        norm_placement="both",
+        norm_offset=1.0,
+        qk_norm="head",
+        embed_scale=20**0.5,
+        attention_softcap=2.0,
+        logit_softcap=3.0,
+        **WINDOWS,
+    ),
+    "post_layernorm": dict(norm_placement="both", **GPT2),
+    "parallel": dict(parallel=True, rotary_dim=2, **GPT2 | ROPE),
+    "shared_norm": dict(
+        parallel=True,
+        shared_norm=True,
+        rope_interleaved=True,
+        norm="layernorm",
+        norm_bias=False,
+        qk_norm="each_head",
+        logit_scale=0.3,
+        tied=True,
+    ),
+    "stream_after": dict(
+        norm_placement="stream_after", final_norm=False, d_embed=12, position_offset=2, **GPT2
+    ),
+    "stream_before": dict(
+        norm_placement="stream_before", embed_norm=True, **GPT2 | dict(positions="alibi")
+    ),
+    "stream_rms": dict(norm_placement="stream_after"),
+    "scaled": dict(residual_scale=0.4, embed_scale=3.0, logit_scale=0.2, clip_qkv=0.8),
+    "bare_norm": dict(norm="layernorm", norm_gain=False, norm_bias=False),
+    "moe": dict(d_mlp=0, **MOE),
+    "mixed": dict(d_shared_expert=10, moe_layers=(False, True, True), **MOE),
+    "mixed_more": dict(moe_layers=(True, False, True), norm_placement="both", **MOE),
+    "gpt_oss": dict(
+        d_mlp=0,
+        sinks=True,
+        mlp_limit=0.9,
+        up_offset=1.0,
+        renormalise=True,
+        router_bias=True,
+        **BIASES,
+        **WINDOWS,
+        **MOE | dict(activation="quick_gelu"),
+    ),
+    "nope": dict(rope_layers=(True, False, True)),
 }
 
 
@@ -52,8 +102,8 @@ def randomised(model: Transformer, seed: int = 0) -> Transformer:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         value = rng.normal(size=leaf.shape)
         if "norm" in name and ".w." in name:
-            value = 1 + 0.3 * value
-        elif ".b_" in name or ".b." in name or name.startswith("b_"):
+            value = 1 - model.config.norm_offset + 0.3 * value
+        elif ".b_" in name or ".b." in name or name.startswith("b_") or "sinks" in name:
             value = 0.3 * value
         else:
             value = 1.7 / np.sqrt(model.config.d_model) * value

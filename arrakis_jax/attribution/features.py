@@ -208,7 +208,7 @@ class _Path:
         e_BTD, pos_BTD = _embeddings(model, self.tokens, self.mask)
         baseline = self.baseline
         if baseline is None:
-            baseline = jnp.mean(model.w_e[...].astype(model.config.acc), 0)
+            baseline = model.mean_embedding()
         real = Places.of(self.tokens.shape, self.mask).real[..., None]
         b_BTD = jnp.where(real, over(baseline, real), 0)
         ends = [target_value(model, x + pos_BTD, self.mask, self.target)[0] for x in (b_BTD, e_BTD)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -119,7 +120,8 @@ def _zeros(
     forward: Callable = model.after_embedding
     shapes = jax.eval_shape(lambda x: forward(x, mask=mask, capture=sites).residuals, x_BTD)
     acc = model.config.acc
-    return {name: jnp.zeros(getattr(shapes, name).shape, acc) for name in sites}
+    zeros = partial(jax.tree.map, lambda shape: jnp.zeros(shape.shape, acc))
+    return {name: zeros(getattr(shapes, name)) for name in sites}
 
 
 def residual_gradients(
@@ -136,8 +138,10 @@ def residual_gradients(
     """The gradient of a logit or logit difference at every site, in one backward pass.
 
     Where attention and MLP write straight to the stream, the gradient with respect to `attn_out`
-    is that of `resid_mid`, and of `mlp_out` that of the next `resid_pre` (or `final`). A head's
-    written vector has the gradient of `attn_out`.
+    is that of `resid_mid`, and of `mlp_out` that of the next `resid_pre` (or `final`); in parallel
+    blocks both are that of the next `resid_pre`. A head's written vector has the gradient of
+    `attn_out` (as it is written: after norms of the output and multipliers). The choice of experts
+    is held fixed, their weights are not.
 
     Args:
         model: the transformer.
@@ -171,7 +175,7 @@ def residual_gradients(
     tokens, mask = checked_tokens(model.config, tokens, mask, check=check)
     target = checked_target(model, tokens, targets, against, position, mask, "targets")
     wanted = as_capture(capture)
-    names = tuple(n for n in wanted.fields if n not in (*SCALES, "logits"))
+    names = tuple(n for n in wanted.fields if n not in (*SCALES, "logits", "routing"))
     layers = checked_layers(wanted.layers, model.config.n_layers)
     positions = checked_positions(wanted.positions, tokens.shape, mask)
     return _residual_gradients(
@@ -186,17 +190,35 @@ def _residual_gradients(model, tokens, mask, target, *, sites, layers, positions
     sites = tuple(s for s in sites if s not in lacks)
     inside = tuple(s for s in sites if s in INTERNAL)
     x_BTD = model.embed(tokens, mask=mask)
-    taps = ("resid_pre", "resid_mid", "final", *inside)
+    # Where writes are simply added, the stream's own gradients are those of the writes.
+    own = ("attn_out", "mlp_out") if config.norms_stream else ()
+    taps = tuple(s for s in ("resid_pre", "resid_mid", "final", *own, *inside) if s not in lacks)
     _, gradients, stream = tapped_gradients(model, x_BTD, mask, target, taps)
     resid_pre, final = gradients["resid_pre"], gradients["final"]
-    every: dict[str, Any] = gradients | {
-        "embed": jnp.concatenate([resid_pre, final[None]])[0],
-        "attn_out": gradients["resid_mid"],
-        "mlp_out": jnp.concatenate([resid_pre[1:], final[None]])[: config.n_layers],
-    }
+    following = jnp.concatenate([resid_pre, final[None]])
+    every: dict[str, Any] = {
+        "embed": following[0],
+        "attn_out": following[1:] if config.parallel else gradients["resid_mid"],
+        "mlp_out": following[1:],
+    } | gradients
     chosen: dict[str, Any] = {name: every[name] for name in sites}
     if layers is not None:
-        rows = jnp.array(layers, int)
-        chosen = {n: x if n in UNSTACKED else x[rows] for n, x in chosen.items()}
-    result = ResidualStream(**chosen, tokens=tokens, mask=stream.mask, layers=layers, lacks=lacks)
+        chosen = {n: _of_layers(model, x, layers, n) for n, x in chosen.items()}
+    result = ResidualStream(
+        **chosen, tokens=tokens, mask=stream.mask, layers=layers, lacks=lacks,
+        normed=config.norms_stream,
+    )  # fmt: skip
     return result if positions is None else result.at(positions)
+
+
+def _of_layers(model: Transformer, gradient: Any, layers: tuple[int, ...], name: str) -> Any:
+    """The gradient at these layers, whether it is one array or one for each segment."""
+    if name in UNSTACKED:
+        return gradient
+    if not isinstance(gradient, tuple):
+        return gradient[jnp.array(layers, int)]
+    parts = zip(gradient, model.parts(), strict=True)
+    return tuple(
+        None if part is None else part[jnp.array([i - own.start for i in layers if i in own], int)]
+        for part, (_, own) in parts
+    )

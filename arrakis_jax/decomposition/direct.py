@@ -1,12 +1,12 @@
 """The stream at one point as the sum of everything written before it, kept as factors."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from arrakis_jax.axes import Array, Float, Int
 from arrakis_jax.checks import (
@@ -18,6 +18,15 @@ from arrakis_jax.checks import (
     checked_positions,
     checked_tokens,
 )
+from arrakis_jax.config import ModelConfig
+from arrakis_jax.decomposition.terms import (
+    BY,
+    CAPTURE,
+    STREAM_NORMS,
+    Factor,
+    fields_for,
+    terms,
+)
 from arrakis_jax.errors import expected
 from arrakis_jax.forward import compiled, stream_of
 from arrakis_jax.labels import Labels
@@ -26,15 +35,21 @@ from arrakis_jax.numerics import contract, norm
 from arrakis_jax.places import Places
 from arrakis_jax.residuals import Capture, ModelOutput, Record, ResidualStream
 
-BY = ("component", "head")
 POINTS = ("resid_pre", "resid_mid", "resid_post")
-_CAPTURE = {"component": ("embed", "attn_out", "mlp_out"), "head": ("embed", "z", "mlp_out")}
 
 
 def capture_for(by: str) -> tuple[str, ...]:
     """The fields that `decompose` and `logit_attribution` need of a stream, for `run`."""
     checked_choice("by", by, BY)
-    return (*_CAPTURE[by], "final", "norm_final_scale")
+    return (*CAPTURE[by], *STREAM_NORMS, "final", "norm_final_scale")
+
+
+def checked_by(config: ModelConfig, by: Any) -> None:
+    """Raises ValueError unless a model of this config can be taken apart so."""
+    checked_choice("by", by, BY)
+    if by == "expert" and not config.n_experts:
+        must = f"one of {BY[:-1]} in a model without experts"
+        raise ValueError(expected("by", must, repr(by), "choose one"))
 
 
 class Top(NamedTuple):
@@ -44,29 +59,22 @@ class Top(NamedTuple):
     index: Array
 
 
-def fields_for(model: Transformer, by: str) -> tuple[str, ...]:
-    """The fields that the terms of this model need: with a rounded stream, what was rounded too."""
-    rounded = ("resid_pre", "attn_out", "resid_mid", "final")
-    names = (*_CAPTURE[by], *(rounded if model.config.stream_dtype else ()))
-    return tuple(dict.fromkeys(names))  # each once, in this order
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Decomposition(Record):
     """The terms of a sum, in the order in which the model writes them, as factors.
 
-    A vector term is held as it is, a head's as `z` and the model's `w_o`: nothing is expanded
-    until asked for. Everything is zero at padding.
+    A vector term is held as it is, a head's as `z` and the model's `w_o`, a neuron's as its
+    activation and `w_out`: nothing is expanded until asked for. Everything is zero at padding.
 
     Attributes:
         first: `[n,B,T,D]`, the terms before the layers (embed, pos).
-        layered: per kind, its `coefficient` and its `direction` (None: the vector itself).
+        layered: for each segment of layers, per kind, a `Factor`.
         labels: what each of the C terms is.
     """
 
     first: Float[Array, "n B T D"]
-    layered: tuple["Factor", ...]
+    layered: tuple[tuple["Factor", ...], ...]
     labels: Labels = field(metadata={"static": True})
 
     def project(self, directions: Float[Array, "N D"]) -> Float[Array, "C B T N"]:
@@ -79,17 +87,16 @@ class Decomposition(Record):
             must, do = f"`[N,{self.first.shape[-1]}]`", "stack directions on axis 0"
             raise ValueError(expected("directions", must, f"shape {directions.shape}", do))
         first = contract("C...D,ND->C...N", self.first, directions)
-        return self._assemble(first, [f.project(directions) for f in self.layered])
+        return self._assemble(first, lambda factor: factor.project(directions))
 
     def along(self, direction: Float[Array, "B T D"]) -> Float[Array, "C B T"]:
         """Each term's inner product with one direction per position."""
         first = contract("C...D,...D->C...", self.first, direction)
-        return self._assemble(first, [f.along(direction) for f in self.layered])
+        return self._assemble(first, lambda factor: factor.along(direction))
 
     def norms(self) -> Float[Array, "C B T"]:
         """Each term's Euclidean norm, without expanding any term."""
-        first = norm(self.first)
-        return self._assemble(first, [f.norms() for f in self.layered])
+        return self._assemble(norm(self.first), Factor.norms)
 
     def top(self, k: int) -> Top:
         """The k terms of largest norm at every position."""
@@ -115,65 +122,21 @@ class Decomposition(Record):
             must = f"at least the {size} bytes of terms of shape {shape}"
             do = "raise it, or use project, norms or top, which never expand"
             raise ValueError(expected("byte_limit", must, byte_limit, do))
-        return self._assemble(self.first, [f.expand() for f in self.layered])
+        return self._assemble(self.first, Factor.expand)
 
-    def _assemble(self, first: Array, layered: list[Array]) -> Array:
+    def _assemble(self, first: Array, of: Callable[["Factor"], Array]) -> Array:
         """Joins `[n,...]` and per kind `[L,m,...]` into `[C,...]`, in writing order."""
-        if not layered:
-            return first
-        layers = max(values.shape[0] for values in layered)
-        # The last layer's MLP is not written yet at resid_mid: zeros, cut off below.
-        padded = [jnp.pad(v, [(0, layers - v.shape[0])] + [(0, 0)] * (v.ndim - 1)) for v in layered]
-        joined = jnp.concatenate(padded, axis=1)
-        joined = joined.reshape(-1, *joined.shape[2:])
-        return jnp.concatenate([first, joined])[: len(self.labels)]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, repr=False)
-class Factor(Record):
-    """The terms of one kind in every layer.
-
-    Attributes:
-        coefficient: a vector's `[L,B,T,D]`, or the heads' `z [L,B,T,H,K]`.
-        direction: None, or the heads' `w_o [L,H,K,D]`.
-    """
-
-    coefficient: Array
-    direction: Array | None = None
-
-    def project(self, directions: Float[Array, "N D"]) -> Float[Array, "L m B T N"]:
-        """Inner products with directions."""
-        if self.direction is None:
-            return contract("L...D,ND->L...N", self.coefficient, directions)[:, None]
-        w_LNHK = contract("LHKD,ND->LNHK", self.direction, directions)
-        return contract("L...HK,LNHK->LH...N", self.coefficient, w_LNHK)
-
-    def along(self, direction: Float[Array, "B T D"]) -> Float[Array, "L m B T"]:
-        """Inner products with one direction per position."""
-        if self.direction is None:
-            return contract("L...D,...D->L...", self.coefficient, direction)[:, None]
-
-        def heads(layer: tuple[Array, Array]) -> Array:
-            z, w_o_HKD = layer
-            return contract("...HK,...HK->H...", z, contract("HKD,...D->...HK", w_o_HKD, direction))
-
-        return jax.lax.map(heads, (self.coefficient, self.direction))
-
-    def norms(self) -> Float[Array, "L m B T"]:
-        """Euclidean norms."""
-        if self.direction is None:
-            return norm(self.coefficient)[:, None]
-        # |z W| = |z R^T| with W^T = Q R: exact, in K dimensions in place of D.
-        acc = jnp.promote_types(self.direction.dtype, jnp.float32)
-        r_LHJK = jnp.linalg.qr(jnp.swapaxes(self.direction, -1, -2).astype(acc), mode="r")
-        return norm(contract("L...HK,LHJK->LH...J", self.coefficient, r_LHJK))
-
-    def expand(self) -> Float[Array, "L m B T D"]:
-        """The vectors."""
-        if self.direction is None:
-            return self.coefficient[:, None]
-        return contract("L...HK,LHKD->LH...D", self.coefficient, self.direction)
+        joined = [first]
+        for factors in self.layered:
+            values = [of(factor) for factor in factors]
+            layers = max(value.shape[0] for value in values)
+            # What the last layer has not written yet at resid_mid: zeros, cut off below.
+            padded = [
+                jnp.pad(v, [(0, layers - v.shape[0])] + [(0, 0)] * (v.ndim - 1)) for v in values
+            ]
+            terms = jnp.concatenate(padded, axis=1)
+            joined.append(terms.reshape(-1, *terms.shape[2:]))
+        return jnp.concatenate(joined)[: len(self.labels)]
 
 
 def decompose(
@@ -189,10 +152,14 @@ def decompose(
 ) -> Decomposition:
     """What wrote the residual stream at one point.
 
-    `x = embed + pos + sum_l (attn_l + mlp_l)`, with `attn_l = sum_h z_lh w_o[l,h] + b_o[l]`.
-    The terms sum to the stream at `at` (if no layers are left out). Nothing is folded into
-    weights and no norm is involved; a head's term includes its value bias. What an edit of the
-    stream itself (resid_pre, resid_mid, resid_post, final) adds is no term: the sum then lacks it.
+    `x = embed + pos + sum_l (attn_l + mlp_l)`, with `attn_l = sum_h z_lh w_o[l,h] + b_o[l]` and
+    `mlp_l = sum_n a_ln w_out[l,n] + b_out[l]`; with experts `mlp_l = sum_e g_le (sum_n a_len
+    w_out[l,e,n] + b_out[l,e])`, `g` zero for experts that a token is not sent to.
+    The terms sum to the stream at `at` (if no layers are left out). A head's term includes its
+    value bias. What attention or MLP writes through a norm, or what the stream itself is put
+    through, has that norm's scale frozen as it was: a linear map of every term (and the norm's
+    bias, a term). What an edit of the stream itself (resid_pre, resid_mid, resid_post, final)
+    adds is no term: the sum then lacks it.
 
     Args:
         model: the transformer.
@@ -200,10 +167,14 @@ def decompose(
             which are then run.
         at: "final", or `("resid_pre" | "resid_mid" | "resid_post", layer)`.
         layer: `layer=n` is short for `at=("resid_post", n)`.
-        by: "component" (kinds embed, pos, attn, mlp) or "head" (embed, pos, head, attn_bias,
-            mlp); kinds that the model does not have are left out. A model whose stream is rounded
-            (`stream_dtype`) also has attn_rounding and mlp_rounding, and needs a stream captured
-            with resid_pre, attn_out, resid_mid and final besides.
+        by: "component" (kinds embed, pos, attn, mlp), "head" (embed, pos, head, attn_bias, mlp),
+            "neuron" (embed, pos, attn, neuron, mlp_bias; with experts neuron n of expert e is
+            e * F + n, those of the shared expert follow, and mlp_bias counts experts) or
+            "expert" (embed, pos, attn, expert, shared_expert; mlp in layers without experts).
+            Kinds that the model does not have are left out; norm_bias is added where there is
+            one. A model whose stream is rounded (`stream_dtype`) also has attn_rounding and
+            mlp_rounding, and needs a stream captured with resid_pre, attn_out, resid_mid, mlp_out
+            and final besides.
         layers: list the terms of these layers only; their sum is then not the stream.
         positions: these positions only, counted in real tokens (T in the result is their number).
         mask: `[B,T]`, with token ids.
@@ -213,6 +184,7 @@ def decompose(
 
     Raises:
         NotCapturedError: if the stream lacks a field, a layer or a position that this needs.
+        ValueError: for a point that the model does not have (resid_mid of a parallel block).
 
     Example:
         >>> model, tokenizer = demo_model()
@@ -227,14 +199,14 @@ def decompose(
     Reference:
         Elhage et al. 2021, A Mathematical Framework for Transformer Circuits, "Residual stream".
     """
-    checked_choice("by", by, BY)
     config = model.config
+    checked_by(config, by)
     if layer is not None:
         if at != "final":
             do = "give one of them"
             raise ValueError(expected("at", "'final' when layer is given", repr(at), do))
         at = ("resid_post", layer)
-    ends = checked_point(at, config.n_layers)
+    ends = checked_point(at, config)
     layers = checked_layers(layers, config.n_layers)
     stream = stream_of(residuals, mask)
     if stream is not None:
@@ -255,18 +227,22 @@ def _decompose(model, stream, *, ends, by, layers, positions):
 
 @compiled("ends", "by", "layers", "positions")
 def _run_and_decompose(model, tokens, mask, *, ends, by, layers, positions):
-    capture = Capture(fields_for(model, by), positions=positions)
+    capture = Capture(fields_for(model.config, by), positions=positions)
     stream = model(tokens, mask=mask, capture=capture).residuals
     return factors(model, *located(stream, positions), ends=ends, by=by, layers=layers)
 
 
-def checked_point(at: Any, n_layers: int) -> tuple[int, int]:
+def checked_point(at: Any, config: ModelConfig) -> tuple[int, int]:
     """How many layers' attention and MLP are written before the point `at`."""
+    n_layers = config.n_layers
     if at == "final":
         return n_layers, n_layers
     if not (isinstance(at, tuple) and len(at) == 2 and at[0] in POINTS):
         must, do = f"'final' or ({POINTS}, layer)", "such as ('resid_post', 3)"
         raise ValueError(expected("at", must, repr(at), do))
+    if config.parallel and at[0] == "resid_mid":
+        do = "attention and MLP of a parallel block write at once; use resid_post"
+        raise ValueError(expected("at", "a point that the model has", repr(at), do))
     layer = checked_layer(at[1], n_layers, name="layer")
     if not isinstance(layer, int):
         do = "the number of terms depends on it; use residual_decomposition for a traced layer"
@@ -296,51 +272,5 @@ def factors(
     layers: tuple[int, ...] | None = None,
 ) -> Decomposition:
     """The uncompiled `decompose` of a located stream, whatever its axes between L and D."""
-    config = model.config
-    rounded = config.stream_dtype is not None
-    stream.need(*fields_for(model, by), all_layers=rounded)
-    wanted = tuple(range(ends[0])) if layers is None else tuple(i for i in layers if i < ends[0])
-    rows = _rows(stream, wanted)
-    real = stream.mask[..., None]
-
-    names, first = ("embed",), stream.embed[None].astype(config.acc)
-    if model.w_pos is not None:
-        pos = jnp.where(real, model.embed_positions(position), 0)
-        names, first = ("embed", "pos"), jnp.stack([stream.embed - pos, pos])
-    if by == "component":
-        kinds, parts = [("attn", 0)], [Factor(stream.attn_out[rows])]
-    else:
-        attn = model.blocks.attn
-        kinds, parts = [("head", config.n_heads)], [Factor(stream.z[rows], attn.w_o[...][rows])]
-        if attn.b_o is not None:
-            bias = attn.b_o[...][rows].astype(config.acc)
-            bias = bias.reshape(-1, *(1,) * stream.mask.ndim, config.d_model)
-            kinds, parts = (
-                [*kinds, ("attn_bias", 0)],
-                [*parts, Factor(jnp.where(real[None], bias, 0))],
-            )
-    if rounded:
-        after = stream.resid_mid[rows].astype(config.acc)
-        rounding = after - stream.resid_pre[rows] - stream.attn_out[rows]
-        kinds, parts = [*kinds, ("attn_rounding", 0)], [*parts, Factor(rounding)]
-    n_mlp = sum(i < ends[1] for i in wanted) if config.d_mlp else len(wanted)
-    n_after = len(kinds)
-    if config.d_mlp:
-        kinds, parts = [*kinds, ("mlp", 0)], [*parts, Factor(stream.mlp_out[rows][:n_mlp])]
-    if config.d_mlp and rounded:
-        after = stream.resid_post[rows][:n_mlp].astype(config.acc)
-        rounding = after - stream.resid_mid[rows][:n_mlp] - stream.mlp_out[rows][:n_mlp]
-        kinds, parts = [*kinds, ("mlp_rounding", 0)], [*parts, Factor(rounding)]
-    dropped = (len(wanted) - n_mlp) * (len(kinds) - n_after)
-    labels = Labels(names, wanted, tuple(kinds), dropped=dropped)
-    return Decomposition(first=first, layered=tuple(parts), labels=labels)
-
-
-def _rows(stream: ResidualStream, wanted: tuple[int, ...]) -> slice | np.ndarray:
-    """Where these layers stand on the L axis of a stream."""
-    if stream.layers is None:
-        every = wanted == tuple(range(len(wanted)))
-        return slice(len(wanted)) if every else np.array(wanted, int)
-    if not set(wanted) <= set(stream.layers):
-        stream.need(all_layers=True)
-    return np.array([stream.layers.index(i) for i in wanted], int)
+    first, layered, labels = terms(model, stream, position, ends=ends, by=by, layers=layers)
+    return Decomposition(first=first, layered=layered, labels=labels)

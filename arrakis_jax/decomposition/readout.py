@@ -5,21 +5,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from arrakis_jax.axes import Array, Float, over
+from arrakis_jax.axes import Array, Float
 from arrakis_jax.checks import (
     Ids,
     Mask,
     Tokens,
-    checked_choice,
     checked_count,
     checked_ids,
     checked_position,
     checked_tokens,
     host,
 )
-from arrakis_jax.decomposition.direct import BY, factors, fields_for, located
-from arrakis_jax.errors import NotCapturedError
+from arrakis_jax.decomposition.direct import checked_by, factors, located
+from arrakis_jax.decomposition.terms import fields_for
+from arrakis_jax.errors import NotCapturedError, expected
 from arrakis_jax.forward import compiled, stream_of
 from arrakis_jax.labels import Labels
 from arrakis_jax.nn.transformer import Transformer
@@ -53,12 +54,27 @@ class LogitAttribution(Record):
         return self.by_layer("head")
 
     def by_layer(self, kind: str) -> Float[Array, "L B"]:
-        """The terms of one kind as `[L,B]` (attn, attn_bias, mlp) or `[L,H,B]` (head)."""
+        """The terms of one kind as `[L,B]` (attn, mlp...) or `[L,n,B]` (head, neuron, expert).
+
+        L counts the layers that have the kind.
+        """
         labels = self.labels
-        start, count = labels.start(kind), dict(labels.kinds)[kind]
-        rest = self.terms[len(labels.first) :]
-        rest = rest.reshape(len(labels.layers), labels.per_layer, *rest.shape[1:])
-        return rest[:, start : start + count] if count else rest[:, start]
+        labels.check(kind)
+        found, offset = [], len(labels.first)
+        for segment in labels.segments:
+            size, columns = len(segment.layers) * segment.per_layer, segment.offsets(kind)
+            if columns:
+                rest = self.terms[offset : offset + size]
+                rest = rest.reshape(len(segment.layers), segment.per_layer, *rest.shape[1:])
+                indexed = any(k.name == kind and k.indices is not None for k in segment.kinds)
+                found.append(rest[:, np.array(columns)] if indexed else rest[:, columns[0]])
+            offset += size
+        widths = {x.shape[1:] for x in found}
+        if len(widths) > 1:
+            got = f"{sorted(widths)} in different layers"
+            do = "take the terms by `labels.where(kind)`"
+            raise ValueError(expected("kind", "of one number of terms in every layer", got, do))
+        return jnp.concatenate(found)
 
     def top(self, k: int) -> tuple[Array, Array]:
         """The k terms of largest absolute value: their values and indices, `[k,B]` each."""
@@ -85,8 +101,9 @@ def logit_attribution(
     `term_c = x_c . r / s` with `r = gamma * u` (LayerNorm: centred, so that terms need not be),
     `u` the target's unembedding (minus that of `against`) and `s` the observed scale of the
     final norm. The terms plus the constant equal the model's logit. Weights are used as they are.
-    The norm's scale is frozen: this is an exact account of this forward, not of what removing a
-    term would do.
+    The norm's scale is frozen, as are those of norms that a term is written through: this is an
+    exact account of this forward, not of what removing a term would do. Factors on the logits are
+    included; a soft-cap is not: the logit is that before it.
 
     Args:
         model: the transformer.
@@ -94,7 +111,7 @@ def logit_attribution(
             which nothing is run again.
         targets: token ids, an int or `[B]`; `[B,T]` with `position=None`.
         against: token ids whose logit is subtracted, or None.
-        by: "component" or "head" (kinds as in `decompose`).
+        by: "component", "head", "neuron" or "expert" (kinds as in `decompose`).
         position: counted in real tokens (-1 is each row's last): an int or `[B]`. None for every
             position.
         mask: `[B,T]`, with token ids.
@@ -118,8 +135,8 @@ def logit_attribution(
     Reference:
         Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.
     """
-    checked_choice("by", by, BY)
     config = model.config
+    checked_by(config, by)
     stream = stream_of(tokens, mask)
     if stream is None:
         tokens, mask = checked_tokens(config, tokens, mask, check=check)
@@ -181,7 +198,7 @@ def _run_and_attribute(model, tokens, mask, position, targets, against, *, by):
     if position is not None:
         at = position[:, None]
         number = places.number(at)[:, 0]
-    fields = (*fields_for(model, by), "final", "norm_final_scale")
+    fields = (*fields_for(model.config, by), "final", "norm_final_scale")
     stream = model.after_embedding(
         model.embed(tokens, mask=mask), mask=mask, capture=Capture(fields), at=at
     ).residuals
@@ -204,7 +221,7 @@ def attribution(
     Where the mask says that there is no vector, the result is `absent`.
     """
     config = model.config
-    stream.need("final", *(() if config.norm is None else ("norm_final_scale",)))
+    stream.need("final", *(() if model.norm_final is None else ("norm_final_scale",)))
     parts = factors(model, stream, position, ends=(config.n_layers, config.n_layers), by=by)
     u = model.unembedding(targets)
     if against is not None:
@@ -213,7 +230,7 @@ def attribution(
     if against is not None:
         bias = bias - model.unembedding_bias(against)
     r, offset = logit_direction(model, u)
-    scale = jnp.ones_like(r[..., 0]) if config.norm is None else stream.norm_final_scale
+    scale = jnp.ones_like(r[..., 0]) if model.norm_final is None else stream.norm_final_scale
     logit = contract("...D,...D->...", model.final_norm(stream.final), u) + bias
     terms = jnp.where(stream.mask[None], parts.along(r) / scale[None], absent)
     constant, logit = (jnp.where(stream.mask, x, absent) for x in (offset + bias, logit))
@@ -227,7 +244,7 @@ def logit_direction(model: Transformer, u: Float[Array, "... D"]) -> tuple[Array
     """The stream direction `r` and the constant with `norm(x) . u = x . r / s + constant`."""
     if model.norm_final is None:
         return u, jnp.zeros(u.shape[:-1], u.dtype)
-    r = model.norm_final.centre(u * over(model.norm_final.w[...].astype(u.dtype), u))
+    r = model.norm_final.centre(model.norm_final.gained(u))
     if model.norm_final.b is None:
         return r, jnp.zeros(u.shape[:-1], u.dtype)
     return r, contract("...D,D->...", u, model.norm_final.b[...])

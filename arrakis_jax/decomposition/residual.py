@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from arrakis_jax.axes import Array, Float, Int
+from arrakis_jax.axes import Array, Float, Int, over
 from arrakis_jax.checks import checked_layer
 from arrakis_jax.errors import NotCapturedError, expected
-from arrakis_jax.forward import stream_of
+from arrakis_jax.forward import compiled, stream_of
+from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.residuals import ModelOutput, Record, ResidualStream
 
 
@@ -53,6 +54,8 @@ def residual_decomposition(
     Raises:
         IndexError: if there is no such layer.
         NotCapturedError: if the stream does not hold it.
+        ValueError: for a model with norms on the stream itself (OPT-350m), whose parts need the
+            norms' weights: `ResidualTools(model)` has them.
 
     Example:
         >>> model, tokenizer = demo_model()
@@ -71,11 +74,12 @@ def residual_decomposition(
         got, do = type(activations).__name__, "call run(model, tokens) first"
         must = "a ResidualStream or ModelOutput"
         raise TypeError(expected("activations", must, got, do))
+    if stream.normed:
+        do = "use decompose(model, ...) or ResidualTools(model), which have the norms' weights"
+        got = "one with norms on the stream itself"
+        raise ValueError(expected("activations", "the plain sum of what is written", got, do))
     stream.need("resid_pre", "attn_out", "mlp_out")
-    if stream.layers is None:
-        row = checked_layer(layer_idx, stream.resid_pre.shape[0])
-    else:
-        row = _held(stream.layers, layer_idx)
+    row = _row(stream, layer_idx)
     return _parts(stream.resid_pre, stream.attn_out, stream.mlp_out, row)
 
 
@@ -91,6 +95,56 @@ def _parts(resid_pre, attn_out, mlp_out, row):
         from_mlp=zero if mlp_out is None else at(mlp_out),
         from_norm=zero,
     )
+
+
+def normed_decomposition(
+    model: Transformer, activations: ResidualStream | ModelOutput, layer_idx: int | Int[Array, ""]
+) -> ResidualDecomposition:
+    """`residual_decomposition` of a model with norms on the stream itself, scales frozen.
+
+    Each part is taken through the layer's norms as linear maps; `from_norm` is their biases.
+    """
+    stream = stream_of(activations)
+    assert stream is not None
+    stream.need("resid_pre", "attn_out", "mlp_out", "norm_attn_scale", "norm_mlp_scale",
+                all_layers=True)  # fmt: skip
+    return _normed_parts(model, stream, _row(stream, layer_idx))
+
+
+@compiled()
+def _normed_parts(model, stream, row):
+    blocks = model.blocks
+    norms, x = jax.tree.map(
+        lambda a: jax.lax.dynamic_index_in_dim(a, row, keepdims=False),
+        (
+            (blocks.norm_attn, blocks.norm_mlp),
+            (stream.resid_pre, stream.attn_out, stream.mlp_out),
+        ),
+    )
+    scales = [
+        jax.lax.dynamic_index_in_dim(s, row, keepdims=False)[..., None]
+        for s in (stream.norm_attn_scale, stream.norm_mlp_scale)
+    ]
+    real = stream.mask[..., None]
+    parts, before = [x[0]], model.config.norm_placement == "stream_before"
+    biases = jnp.zeros_like(x[0])
+    for norm, scale, written in zip(norms, scales, x[1:], strict=True):
+        parts = parts if before else [*parts, written]
+        parts = [norm.gained(norm.centre(part)) / scale for part in parts]
+        biases = norm.gained(norm.centre(biases)) / scale
+        if norm.b is not None:
+            biases = biases + jnp.where(real, over(norm.b[...].astype(biases.dtype), biases), 0)
+        parts = [*parts, written] if before else parts
+    return ResidualDecomposition(
+        from_prev=parts[0], from_attn=parts[1], from_mlp=parts[2], from_norm=biases
+    )
+
+
+def _row(stream: ResidualStream, layer_idx: Any) -> Any:
+    """Where a layer stands on the L axis of a stream."""
+    if stream.layers is None:
+        return checked_layer(layer_idx, stream.resid_pre.shape[0])
+    return _held(stream.layers, layer_idx)
 
 
 def _held(layers: tuple[int, ...], layer_idx: Any) -> int:

@@ -138,7 +138,8 @@ def movement_matrix(
     """The movement between all pairs of stream points.
 
     The P points are resid_pre and resid_mid of every layer (resid_pre only in attention-only
-    models, where resid_mid is the next resid_pre) and final.
+    models, where resid_mid is the next resid_pre, and with parallel blocks, which have none) and
+    final.
 
     Args:
         model: the transformer.
@@ -175,7 +176,8 @@ def _matrix(model, stream):
 
 
 def _all_pairs(model: Transformer, stream: ResidualStream) -> MovementMatrix:
-    names = ("resid_pre", "resid_mid") if model.config.d_mlp else ("resid_pre",)
+    halves = not model.config.parallel and "mlp_out" not in stream.lacks
+    names = ("resid_pre", "resid_mid") if halves else ("resid_pre",)
     stacks = jnp.stack([getattr(stream, name) for name in names], axis=1)
     points = jnp.concatenate([stacks.reshape(-1, *stacks.shape[2:]), stream.final[None]])
     # One row of pairs at a time: only one array of the points' own size exists beside them.

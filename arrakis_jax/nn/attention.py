@@ -5,11 +5,13 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from arrakis_jax.axes import Array, Bool, Int
+from arrakis_jax.axes import Array, Int, over
 from arrakis_jax.config import ModelConfig
-from arrakis_jax.nn.linear import affine, constant, product, weight, writers
+from arrakis_jax.nn.linear import affine, constant, product, softcap, weight, writers
+from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.rotary import rotate
 from arrakis_jax.nn.site import Sites
+from arrakis_jax.nn.where import Where
 
 
 class Attention(nnx.Module):
@@ -27,33 +29,33 @@ class Attention(nnx.Module):
         self.b_k = constant((*stack, g, k), 0.0, config) if bias else None
         self.b_v = constant((*stack, g, k), 0.0, config) if bias else None
         self.b_o = constant((*stack, d), 0.0, config) if config.out_bias else None
+        self.norm_q = _qk_norm(config, stack, h)
+        self.norm_k = _qk_norm(config, stack, g)
+        self.sinks = constant((*stack, h), 0.0, config) if config.sinks else None
 
-    def __call__(
-        self,
-        x_BTD: Array,
-        rotation: tuple[Array, Array] | None,
-        allowed_BTS: Bool[Array, "B T S"],
-        layer: Int[Array, ""],
-        site: Sites,
-    ) -> Array:
-        """What attention writes to the stream, `[B,T,D]`, before the mask of padding."""
+    def __call__(self, x_BTD: Array, where: Where, layer: Int[Array, ""], site: Sites) -> Array:
+        """What the heads and the output bias add up to, `[B,T,D]`, before the mask of padding."""
         cfg = self.config
-        q_BTHK = affine("BTD,DHK->BTHK", x_BTD, self.w_q, self.b_q, self.config)
-        k_BTGK = affine("BTD,DGK->BTGK", x_BTD, self.w_k, self.b_k, self.config)
-        v_BTGK = affine("BTD,DGK->BTGK", x_BTD, self.w_v, self.b_v, self.config)
-        if rotation is not None:
-            q_BTHK, k_BTGK = rotate(q_BTHK, *rotation), rotate(k_BTGK, *rotation)
+        q_BTHK = affine("BTD,DHK->BTHK", x_BTD, self.w_q, self.b_q, cfg)
+        k_BTGK = affine("BTD,DGK->BTGK", x_BTD, self.w_k, self.b_k, cfg)
+        v_BTGK = affine("BTD,DGK->BTGK", x_BTD, self.w_v, self.b_v, cfg)
+        if (limit := cfg.clip_qkv) is not None:
+            q_BTHK, k_BTGK, v_BTGK = (jnp.clip(x, -limit, limit) for x in (q_BTHK, k_BTGK, v_BTGK))
+        if self.norm_q is not None and self.norm_k is not None:
+            q_BTHK = self.norm_q(q_BTHK, site, "norm_q_scale")
+            k_BTGK = self.norm_k(k_BTGK, site, "norm_k_scale")
+        if where.rotation is not None:
+            q_BTHK, k_BTGK = (
+                rotate(x, *where.rotation, interleaved=cfg.rope_interleaved)
+                for x in (q_BTHK, k_BTGK)
+            )
         q_BTHK = site("q", q_BTHK)
         k_BSGK = site("k", k_BTGK)
         v_BSGK = site("v", v_BTGK)
 
         q_BTGRK = rearrange(q_BTHK, "B T (G R) K -> B T G R K", G=cfg.n_kv_heads)
         scores_BGRTS = product("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, config=cfg)
-        scores_BGRTS *= self._scale(layer)
-        allowed = allowed_BTS[:, None, None]
-        # A finite minimum and a second `where`: rows of padding have no key at all.
-        scores_BGRTS = jnp.where(allowed, scores_BGRTS, jnp.finfo(cfg.acc).min)
-        pattern_BGRTS = jnp.where(allowed, jax.nn.softmax(scores_BGRTS, axis=-1), 0)
+        pattern_BGRTS = self._pattern(scores_BGRTS, where, layer)
         pattern_BHTS = rearrange(pattern_BGRTS, "B G R T S -> B (G R) T S")
         pattern_BHTS = site("pattern", pattern_BHTS, axis=2)
 
@@ -62,9 +64,37 @@ class Attention(nnx.Module):
         # In the weights' dtype, so that the heads' terms are those that the product below sums.
         z_BTHK = rearrange(z_BTGRK, "B T G R K -> B T (G R) K").astype(cfg.dtype)
         z_BTHK = site("z", z_BTHK)
-        return affine("BTHK,HKD->BTD", z_BTHK, self.w_o, self.b_o, self.config)
+        return affine("BTHK,HKD->BTD", z_BTHK, self.w_o, self.b_o, cfg)
+
+    def _pattern(self, scores_BGRTS: Array, where: Where, layer: Int[Array, ""]) -> Array:
+        """The attention probabilities, from the products of queries and keys."""
+        cfg, scale = self.config, self._scale(layer)
+        bias = where.bias
+        if bias is not None:
+            bias = rearrange(bias, "B (G R) S -> B G R 1 S", G=cfg.n_kv_heads)
+            bias = bias * scale if cfg.falcon_alibi else bias
+        scores_BGRTS = softcap(scores_BGRTS * scale, cfg.attention_softcap)
+        scores_BGRTS = scores_BGRTS if bias is None else scores_BGRTS + bias
+        allowed = where.allowed[:, None, None]
+        # A finite minimum and a second `where`: rows of padding have no key at all.
+        scores_BGRTS = jnp.where(allowed, scores_BGRTS, jnp.finfo(cfg.acc).min)
+        if self.sinks is not None:
+            sinks = self.sinks[...].astype(cfg.acc).reshape(cfg.n_kv_heads, -1, 1, 1)
+            sinks = jnp.broadcast_to(over(sinks, scores_BGRTS), (*scores_BGRTS.shape[:-1], 1))
+            scores_BGRTS = jnp.concatenate([scores_BGRTS, sinks], -1)
+        pattern_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1)
+        return jnp.where(allowed, pattern_BGRTS[..., : allowed.shape[-1]], 0)
 
     def _scale(self, layer: Int[Array, ""]) -> Array | float:
         scale = self.config.attention_scale
         scale = self.config.d_head**-0.5 if scale is None else scale
         return scale / (layer + 1) if self.config.scale_by_inverse_layer else scale
+
+
+def _qk_norm(config: ModelConfig, stack: tuple[int, ...], n_heads: int) -> Norm | None:
+    """The norm of queries or keys: of each head, or of all heads at once."""
+    if config.qk_norm is None:
+        return None
+    shape = (config.d_head,) if config.qk_norm == "head" else (n_heads, config.d_head)
+    over_last = 2 if config.qk_norm == "all_heads" else 1
+    return Norm(config, stack, shape=shape, over_last=over_last, bias=config.qk_norm_bias)

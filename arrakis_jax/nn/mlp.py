@@ -1,6 +1,7 @@
 """The MLP: plain, or gated."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from arrakis_jax.axes import Array
@@ -11,6 +12,7 @@ from arrakis_jax.nn.site import Sites
 ACTIVATION = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
     "identity": lambda x: x,
@@ -20,8 +22,10 @@ ACTIVATION = {
 class MLP(nnx.Module):
     """`out = a w_out + b_out`, `a = act(x w_gate + b_gate) * (x w_in + b_in)` or `act(x w_in)`."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: tuple[int, ...]):
-        d, f = config.d_model, config.d_mlp
+    def __init__(
+        self, config: ModelConfig, rngs: nnx.Rngs, stack: tuple[int, ...], width: int | None = None
+    ):
+        d, f = config.d_model, config.d_mlp if width is None else width
         self.config = config
         self.w_in = weight(rngs, (*stack, d, f), d, config)
         self.w_gate = weight(rngs, (*stack, d, f), d, config) if config.gated else None
@@ -31,13 +35,21 @@ class MLP(nnx.Module):
         self.b_gate = constant((*stack, f), 0.0, config) if bias and config.gated else None
         self.b_out = constant((*stack, d), 0.0, config) if bias else None
 
-    def __call__(self, x_BTD: Array, site: Sites) -> Array:
-        """What the MLP writes to the stream, `[B,T,D]`, before the mask of padding."""
-        act = ACTIVATION[self.config.activation]
-        hidden_BTF = affine("BTD,DF->BTF", x_BTD, self.w_in, self.b_in, self.config)
-        if self.w_gate is None:
-            hidden_BTF = act(hidden_BTF)
-        else:
-            hidden_BTF *= act(affine("BTD,DF->BTF", x_BTD, self.w_gate, self.b_gate, self.config))
-        hidden_BTF = site("mlp_act", hidden_BTF.astype(self.config.dtype))
-        return affine("BTF,FD->BTD", hidden_BTF, self.w_out, self.b_out, self.config)
+    def __call__(self, x_BTD: Array, site: Sites, name: str = "mlp_act") -> Array:
+        """What the MLP's units and bias add up to, `[B,T,D]`, before the mask of padding."""
+        cfg, gate_BTF = self.config, None
+        hidden_BTF = affine("BTD,DF->BTF", x_BTD, self.w_in, self.b_in, cfg)
+        if self.w_gate is not None:
+            gate_BTF = affine("BTD,DF->BTF", x_BTD, self.w_gate, self.b_gate, cfg)
+        hidden_BTF = site(name, activated(hidden_BTF, gate_BTF, cfg).astype(cfg.dtype))
+        return affine("BTF,FD->BTD", hidden_BTF, self.w_out, self.b_out, cfg)
+
+
+def activated(hidden: Array, gate: Array | None, config: ModelConfig) -> Array:
+    """What multiplies `w_out`, from `x w_in` and in gated MLPs `x w_gate`."""
+    act, limit = ACTIVATION[config.activation], config.mlp_limit
+    if gate is None:
+        return act(hidden)
+    if limit is not None:
+        gate, hidden = jnp.minimum(gate, limit), jnp.clip(hidden, -limit, limit)
+    return act(gate) * (hidden + config.up_offset if config.up_offset else hidden)

@@ -10,31 +10,55 @@ from arrakis_jax.nn.site import Sites
 
 
 class Norm(nnx.Module):
-    """`y = w * (x - mean(x)) / s + b` (LayerNorm) or `y = w * x / s` (RMSNorm).
+    """`y = g * (x - mean(x)) / s + b` (LayerNorm) or `y = g * x / s` (RMSNorm), `g = w + offset`.
 
     `s = sqrt(var(x) + eps)` with the biased variance, or `s = sqrt(mean(x^2) + eps)`.
     """
 
-    def __init__(self, config: ModelConfig, stack: tuple[int, ...]):
+    def __init__(
+        self,
+        config: ModelConfig,
+        stack: tuple[int, ...] = (),
+        *,
+        shape: tuple[int, ...] | None = None,
+        over_last: int = 1,
+        bias: bool = True,
+    ):
+        """A norm of the stream, or with `shape` gains, of that many last axes of something else."""
         self.config = config
-        self.w = constant((*stack, config.d_model), 1.0, config)
-        centred = config.norm == "layernorm"
-        self.b = constant((*stack, config.d_model), 0.0, config) if centred else None
+        self.over_last = over_last
+        shape = (*stack, *((config.d_model,) if shape is None else shape))
+        initial = 1.0 - config.norm_offset
+        self.w = constant(shape, initial, config) if config.norm_gain else None
+        has_bias = config.norm == "layernorm" and config.norm_bias and bias
+        self.b = constant(shape, 0.0, config) if has_bias else None
 
-    def __call__(self, x_BTD: Array, site: Sites, name: str) -> Array:
-        """The normed stream; `name` is the site of the divisor."""
-        x_BTD = self.centre(x_BTD.astype(self.config.acc))
-        square_BT = jnp.mean(jnp.square(x_BTD), -1) + (self.config.norm_eps or 0.0)
+    def __call__(self, x: Array, site: Sites, name: str) -> Array:
+        """The normed value, whose second axis is T; `name` is the site of the divisor."""
+        x = self.centre(x.astype(self.config.acc))
+        square = jnp.mean(jnp.square(x), self._axes) + (self.config.norm_eps or 0.0)
         # One at padding before the root too: its slope at zero is infinite.
-        s_BT = site(name, jnp.sqrt(site.at_real(square_BT, at_padding=1.0)), at_padding=1.0)
-        y_BTD = x_BTD / s_BT[..., None] * over(self.w[...].astype(self.config.acc), x_BTD)
-        return y_BTD if self.b is None else y_BTD + over(self.b[...].astype(y_BTD.dtype), y_BTD)
+        s = site(name, jnp.sqrt(site.at_real(square, at_padding=1.0)), at_padding=1.0)
+        y = self.gained(x / jnp.expand_dims(s, self._axes))
+        return y if self.b is None else y + over(self.b[...].astype(y.dtype), y)
 
     def centre(self, x: Array) -> Array:
         """`x` minus its mean (LayerNorm), or `x` (RMSNorm)."""
-        return x - jnp.mean(x, -1, keepdims=True) if self.config.norm == "layernorm" else x
+        if self.config.norm == "rmsnorm":
+            return x
+        return x - jnp.mean(x, self._axes, keepdims=True)
 
+    def gained(self, x: Array) -> Array:
+        """`x` times the gain."""
+        return x if self.gain is None else x * over(self.gain, x)
 
-def make_norm(config: ModelConfig, stack: tuple[int, ...] = ()) -> Norm | None:
-    """The config's norm, or None for a model without."""
-    return None if config.norm is None else Norm(config, stack)
+    @property
+    def gain(self) -> Array | None:
+        """What the normed value is multiplied by; None for a norm without a gain."""
+        if self.w is None:
+            return None
+        return self.w[...].astype(self.config.acc) + self.config.norm_offset
+
+    @property
+    def _axes(self) -> tuple[int, ...]:
+        return tuple(range(-self.over_last, 0))

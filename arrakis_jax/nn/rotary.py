@@ -1,40 +1,87 @@
-"""Rotary position embedding in the half-split convention, with Llama 3.1's scaling.
+"""Rotary position embedding: half-split or interleaved, partial, with every common scaling.
 
-Su et al. 2021, RoFormer; the scaling as in Hugging Face's modeling_rope_utils.
+Su et al. 2021, RoFormer; the scalings as in Hugging Face's modeling_rope_utils.
 """
+
+import math
 
 import jax.numpy as jnp
 import numpy as np
 
 from arrakis_jax.axes import Array, Float, Int, over
-from arrakis_jax.config import ModelConfig
+from arrakis_jax.config import ModelConfig, RopeScaling
 
 
-def frequencies(config: ModelConfig) -> np.ndarray:
-    """`[K/2]`, radians per token of each rotated pair."""
-    assert config.rope_theta is not None
-    frequency = config.rope_theta ** (-np.arange(0, config.d_head, 2) / config.d_head)
-    scaling = config.rope_scaling
+def frequencies(
+    theta: float, scaling: RopeScaling | None, d_rotary: int, longest: Int[Array, ""] | int = 0
+) -> np.ndarray | Array:
+    """`[K/2]`, radians per token of each rotated pair; `longest` is the batch's longest row."""
+    exponent = np.arange(0, d_rotary, 2) / d_rotary
+    frequency = theta**-exponent
     if scaling is None:
         return frequency
-    turns = scaling.original_max_positions * frequency / (2 * np.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = np.clip((turns - low) / (high - low), 0, 1) if high > low else 1.0 * (turns > low)
-    return frequency * (kept + (1 - kept) / scaling.factor)
+    factor, trained = scaling.factor or 1.0, scaling.original_max_positions or 1
+    if scaling.kind == "linear":
+        return frequency / factor
+    if scaling.kind == "dynamic":
+        growth = factor * jnp.maximum(longest, trained) / trained - (factor - 1)
+        return frequency * growth ** (-exponent * d_rotary / (d_rotary - 2))
+    if scaling.kind == "longrope":
+        short, long = (np.array(f) for f in (scaling.short_factor, scaling.long_factor))
+        return jnp.where(longest > trained, frequency / long, frequency / short)
+    if scaling.kind == "yarn":
+        kept = 1 - _ramp(theta, scaling, d_rotary)
+    else:
+        turns = trained * frequency / (2 * np.pi)
+        low, high = scaling.low_freq_factor or 1.0, scaling.high_freq_factor or 1.0
+        kept = np.clip((turns - low) / (high - low), 0, 1) if high > low else 1.0 * (turns > low)
+    return frequency * (kept + (1 - kept) / factor)
+
+
+def _ramp(theta: float, scaling: RopeScaling, d_rotary: int) -> np.ndarray:
+    """YaRN: how far each frequency is interpolated, from 0 (kept) to 1 (divided by the factor)."""
+    trained = scaling.original_max_positions or 1
+
+    def dimension(turns: float | None) -> float:
+        """Where the frequency stands that turns this often in the first context."""
+        per_turn = math.log(trained / ((turns or 1) * 2 * math.pi))
+        return d_rotary * per_turn / (2 * math.log(theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, d_rotary - 1)
+    width = high - low or 0.001
+    return np.clip((np.arange(d_rotary // 2) - low) / width, 0, 1)
 
 
 def rotation(
-    config: ModelConfig, position_BT: Int[Array, "B T"]
+    config: ModelConfig,
+    theta: float,
+    scaling: RopeScaling | None,
+    position_BT: Int[Array, "B T"],
+    longest: Int[Array, ""],
 ) -> tuple[Float[Array, "B T K2"], Float[Array, "B T K2"]]:
     """Cosines and sines of every position's angles, in at least float32."""
-    frequency = jnp.asarray(frequencies(config), config.acc)
+    frequency = frequencies(theta, scaling, config.d_rotary, longest.astype(config.acc))
     angle = position_BT[..., None].astype(config.acc)
-    angle = angle * over(frequency, angle)
-    return jnp.cos(angle), jnp.sin(angle)
+    angle = angle * over(jnp.asarray(frequency, config.acc), angle)
+    factor = 1.0 if scaling is None else scaling.attention_factor
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
-def rotate(x_BTHK: Float[Array, "B T H K"], cos: Array, sin: Array) -> Float[Array, "B T H K"]:
-    """Rotates the pairs (i, i + K/2) of the last axis."""
-    a, b = jnp.split(x_BTHK, 2, axis=-1)
+def rotate(
+    x_BTHK: Float[Array, "B T H K"], cos: Array, sin: Array, *, interleaved: bool = False
+) -> Float[Array, "B T H K"]:
+    """Rotates the pairs (i, i + n), or the pairs (2i, 2i + 1), of the first 2n entries of K."""
+    n = cos.shape[-1]
+    turned, rest = x_BTHK[..., : 2 * n], x_BTHK[..., 2 * n :]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+    else:
+        a, b = turned[..., :n], turned[..., n:]
     cos, sin = cos[..., None, :], sin[..., None, :]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    if interleaved:
+        return jnp.concatenate([jnp.stack([a, b], -1).reshape(turned.shape), rest], -1)
+    return jnp.concatenate([a, b, rest], -1)

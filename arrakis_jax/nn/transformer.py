@@ -1,4 +1,4 @@
-"""The decoder: embedding, one scan over the stacked blocks, readout."""
+"""The decoder: embedding, a scan over the stacked blocks of each segment, readout."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from arrakis_jax.axes import Array, Bool, Float, Int, over
@@ -13,17 +14,21 @@ from arrakis_jax.config import ModelConfig
 from arrakis_jax.edits import Edit
 from arrakis_jax.errors import expected
 from arrakis_jax.nn.block import Block
-from arrakis_jax.nn.linear import constant, product, weight
-from arrakis_jax.nn.norm import make_norm
-from arrakis_jax.nn.rotary import rotation
+from arrakis_jax.nn.linear import constant, product, softcap, weight
+from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.site import Sites
+from arrakis_jax.nn.where import Positions
+from arrakis_jax.numerics import contract
 from arrakis_jax.places import Places
 from arrakis_jax.residuals import (
     ABSENT,
+    ROUTING_SITES,
+    SEGMENTED,
     UNSTACKED,
     Capture,
     ModelOutput,
     ResidualStream,
+    Routing,
     as_capture,
     lacking,
     select_positions,
@@ -38,8 +43,15 @@ class Transformer(nnx.Module):
     Every parameter of `blocks` has a leading layer axis: `blocks.attn.w_q [L,D,H,K]`, `w_k, w_v
     [L,D,G,K]`, `w_o [L,H,K,D]`, `blocks.mlp.w_in, w_gate [L,D,F]`, `w_out [L,F,D]`, biases `b_*`,
     norms `blocks.norm_attn.w`, `blocks.norm_mlp.w`, `norm_final.w` (and `.b`); `w_e [V,D]`,
-    `w_pos [P,D]`, `w_u [D,V]`, `b_u [V]`. One that the config does not have is None. They are
+    `w_pos [P,D]`, `w_u [D,V]`, `b_u [V]`. With experts: `blocks.moe.w_router [L,D,E]`, `w_in,
+    w_gate [L,E,D,F]`, `w_out [L,E,F,D]`. One that the config does not have is None. They are
     read as `model.w_e[...]` and set as `model.w_e[...] = value`.
+
+    A model in which some layers have experts and some have not holds consecutive layers of a kind
+    in `segments`, in place of `blocks`, which is then None.
+
+    `jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))` gives the model without its
+    numbers: names, shapes and dtypes of all parameters.
 
     Example:
         >>> config = config_for("gpt2", n_layer=2, n_embd=16, n_head=2, vocab_size=11)
@@ -53,12 +65,20 @@ class Transformer(nnx.Module):
         self.config = config
         # What also reads out must be small; otherwise embeddings outweigh what blocks add at first.
         fan_in = d if config.tied else 1
-        self.w_e = weight(rngs, (v, d), fan_in, config)
+        width = config.d_embed or d
+        self.w_e = weight(rngs, (v, width), fan_in, config)
+        projected = config.d_embed is not None
+        self.w_project_in = weight(rngs, (width, d), width, config) if projected else None
+        self.norm_embed = Norm(config) if config.embed_norm else None
         learned = config.positions == "learned"
-        self.w_pos = weight(rngs, (config.max_positions, d), fan_in, config) if learned else None
-        self.blocks = Block(config, rngs, (config.n_layers,))
-        self.norm_final = make_norm(config)
-        self.w_u = None if config.tied else weight(rngs, (d, v), d, config)
+        rows = config.max_positions + config.position_offset
+        self.w_pos = weight(rngs, (rows, d), fan_in, config) if learned else None
+        blocks = [Block(config, rngs, (n,), moe=moe) for moe, n in config.segments]
+        self.blocks = blocks[0] if len(blocks) == 1 else None
+        self.segments = nnx.List(blocks) if len(blocks) > 1 else None
+        self.norm_final = Norm(config) if config.norm and config.final_norm else None
+        self.w_project_out = weight(rngs, (d, width), d, config) if projected else None
+        self.w_u = None if config.tied else weight(rngs, (width, v), width, config)
         self.b_u = constant((v,), 0.0, config) if config.unembed_bias else None
 
     def __call__(
@@ -91,13 +111,36 @@ class Transformer(nnx.Module):
         )
 
     def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The token embeddings, without positions; NaN for an id outside of the vocabulary."""
-        return _rows(self.w_e[...], tokens).astype(self.config.acc)
+        """The token embeddings as the stream holds them: scaled, projected and normed.
+
+        Without positions. NaN for an id outside of the vocabulary.
+        """
+        return self._embedded(_rows(self.w_e[...], tokens))
+
+    def _embedded(self, e: Float[Array, "... M"]) -> Float[Array, "... D"]:
+        """What the stream holds of these rows of the embedding."""
+        scale = jnp.asarray(self.config.embed_scale, self.config.dtype).astype(self.config.acc)
+        x = e.astype(self.config.acc) * scale
+        if self.w_project_in is not None:
+            x = product("...M,MD->...D", x, self.w_project_in[...], config=self.config)
+        return x if self.norm_embed is None else self.norm_embed(x, Sites(), "norm_embed_scale")
+
+    def mean_embedding(self) -> Float[Array, " D"]:
+        """The mean of all token embeddings, as the stream holds them."""
+        if self.norm_embed is None:
+            return self._embedded(jnp.mean(self.w_e[...].astype(self.config.acc), 0))
+        zero = jnp.zeros(self.config.d_model, self.config.acc)
+
+        def add(total: Array, e: Array) -> tuple[Array, None]:
+            return total + self._embedded(e), None
+
+        return jax.lax.scan(add, zero, self.w_e[...])[0] / self.config.vocab_size
 
     def embed_positions(self, position: Int[Array, "..."]) -> Float[Array, "... D"]:
         """The learned position embeddings; NaN beyond the table. Needs a model that has them."""
         assert self.w_pos is not None
-        return _rows(self.w_pos[...], position).astype(self.config.acc)
+        offset = self.config.position_offset
+        return _rows(self.w_pos[...], position + offset).astype(self.config.acc)
 
     def embed(
         self, tokens: Int[Array, "B T"], *, mask: Array | None = None
@@ -145,14 +188,16 @@ class Transformer(nnx.Module):
             "layers": layers,
             "positions": capture.positions if at is None else None,
             "lacks": lacking(self.config),
+            "normed": self.config.norms_stream,
         }
         stream = ResidualStream(**outside.records, **records, **about)
         return ModelOutput(logits, stream)
 
     def unembedding(self, ids: Int[Array, "..."] | None = None) -> Float[Array, "... D"]:
-        """Rows `[...,D]` of the unembedding for these token ids, or all of it as `[V,D]`.
+        """What reads these tokens' logits from the normed stream, `[...,D]`, or all as `[V,D]`.
 
-        NaN for an id outside of the vocabulary.
+        `logit = final_norm(x) . unembedding + unembedding_bias`, before a soft-cap: factors on the
+        logits are included. NaN for an id outside of the vocabulary.
         """
         if ids is None:
             rows = self.w_e[...] if self.w_u is None else self.w_u[...].T
@@ -160,13 +205,16 @@ class Transformer(nnx.Module):
             rows = _rows(self.w_e[...], ids)
         else:
             rows = jnp.moveaxis(_rows(self.w_u[...], ids, axis=1), 0, -1)
-        return rows.astype(self.config.acc)
+        rows = rows.astype(self.config.acc) * self.config.logit_scale
+        if self.w_project_out is not None:
+            rows = contract("...M,DM->...D", rows, self.w_project_out[...])
+        return rows
 
     def unembedding_bias(self, ids: Int[Array, "..."]) -> Float[Array, "..."]:
         """The bias on the logits of these token ids; zero in a model without."""
         if self.b_u is None:
             return jnp.zeros(ids.shape, self.config.acc)
-        return _rows(self.b_u[...], ids).astype(self.config.acc)
+        return _rows(self.b_u[...], ids).astype(self.config.acc) * self.config.logit_scale
 
     def final_norm(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """What the unembedding reads, from the stream."""
@@ -189,6 +237,7 @@ class Transformer(nnx.Module):
             "mask": places.real,
             "positions": capture.positions,
             "lacks": lacking(self.config),
+            "normed": self.config.norms_stream,
         }
         stream = ResidualStream(**site.records, **about)
         return ModelOutput(logits, stream)
@@ -212,28 +261,41 @@ class Transformer(nnx.Module):
         x_BTD = x_BTD.astype(self.config.stream)
         body = self._body(site, places)
         if isinstance(start, int):
-            layers = jnp.arange(n_layers)
-            first = start + n_layers if start < 0 else start
-            xs = jax.tree.map(lambda a: a[first:], (self.blocks, {}, layers))
-            x_BTD = jax.lax.scan(body, x_BTD, xs)[0]
+            begin = start + n_layers if start < 0 else start
         else:
+            begin = jnp.where(start < 0, start + n_layers, start)
+        for blocks, layers in self.parts():
+            first, last = layers.start, layers.stop
+            if isinstance(begin, int):
+                rest = slice(max(begin - first, 0), None)
+                xs = (blocks, {}, jnp.arange(first, last))
+                xs = jax.tree.map(lambda a, rest=rest: a[rest], xs)
+                x_BTD = jax.lax.scan(body, x_BTD, xs)[0]
+                continue
 
-            def step(layer: Array, x_BTD: Array) -> Array:
+            def step(layer: Array, x_BTD: Array, blocks: Block = blocks, first: int = first):
                 block = jax.tree.map(
-                    lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False), self.blocks
+                    lambda w: jax.lax.dynamic_index_in_dim(w, layer - first, keepdims=False), blocks
                 )
                 return body(x_BTD, (block, {}, layer))[0]
 
-            start = jnp.where(start < 0, start + n_layers, start)
-            x_BTD = jax.lax.fori_loop(start, n_layers, step, x_BTD)
+            x_BTD = jax.lax.fori_loop(jnp.maximum(begin, first), last, step, x_BTD)
         return self.readout(x_BTD, mask=mask, edits=edits)
+
+    def parts(self) -> list[tuple[Block, range]]:
+        """The stacked blocks of each segment, and which layers they are."""
+        blocks = [self.blocks] if self.segments is None else list(self.segments)
+        ends = np.cumsum([n for _, n in self.config.segments]).tolist()
+        starts = [0, *ends[:-1]]
+        return [(b, range(*ends)) for b, *ends in zip(blocks, starts, ends, strict=True)]
 
     def _sites(
         self, places: Places, capture: Capture, edits: Edits, at: Array | None = None
     ) -> Sites:
-        n_layers = self.config.n_layers
         bound = tuple(
-            edit.bind(n_layers, places.position, places.count) if isinstance(edit, Edit) else edit
+            edit.bind(self.config, places.position, places.count)
+            if isinstance(edit, Edit)
+            else edit
             for edit in edits
         )
         index = valid = None
@@ -241,8 +303,9 @@ class Transformer(nnx.Module):
             at = jnp.array(capture.positions, int)
         if at is not None:
             index, valid = places.find(at)
+        routing = ROUTING_SITES.values() if "routing" in capture.fields else ()
         return Sites(
-            capture=frozenset(capture.fields),
+            capture=frozenset((*capture.fields, *routing)),
             edits=bound,
             mask=places.mask,
             index=index,
@@ -251,15 +314,12 @@ class Transformer(nnx.Module):
 
     def _body(self, site: Sites, places: Places) -> Callable:
         """One layer as a scan's body: `(x, (block, taps, layer)) -> (x, records)`."""
-        allowed_BTS = places.allowed()
-        turn = None
-        if self.config.positions == "rope":
-            turn = rotation(self.config, places.position)
+        positions = Positions.of(self.config, places)
 
         def body(x_BTD: Array, xs: tuple) -> tuple[Array, dict[str, Array]]:
             block, taps, layer = xs
             here = replace(site, taps=taps, layer=layer, records={})
-            return block(x_BTD, turn, allowed_BTS, layer, here), here.records
+            return block(x_BTD, positions.at(layer), layer, here), here.records
 
         # Saves the products with weights and recomputes the rest, the T x T arrays above all.
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -272,16 +332,36 @@ class Transformer(nnx.Module):
         places: Places,
         capture: Capture,
         taps: dict[str, Array],
-    ) -> tuple[Array, dict[str, Array], tuple[int, ...] | None]:
-        n_layers = self.config.n_layers
+    ) -> tuple[Array, dict[str, Any], tuple[int, ...] | None]:
+        """The stream after all blocks, what was recorded, and of which layers if not of all."""
         body = self._body(site, places)
-        xs = (self.blocks, taps, jnp.arange(n_layers))
-        if capture.layers is None:
-            x_BTD, records = jax.lax.scan(body, x_BTD, xs)
-            return x_BTD, records, None
-        layers = _counted(capture.layers, n_layers)
-        slots = jnp.full(n_layers, len(layers)).at[jnp.array(layers, int)].set(
-            jnp.arange(len(layers)), mode="drop"
+        wanted = capture.layers
+        wanted = None if wanted is None else _counted(wanted, self.config.n_layers)
+        records = []
+        for i, (blocks, layers) in enumerate(self.parts()):
+            own = {
+                name: tap[i] if isinstance(tap, tuple) else tap[layers.start : layers.stop]
+                for name, tap in taps.items()
+                if not (isinstance(tap, tuple) and tap[i] is None)
+            }
+            xs = (blocks, own, jnp.arange(layers.start, layers.stop))
+            if wanted is None:
+                x_BTD, record = jax.lax.scan(body, x_BTD, xs)
+            else:
+                rows = [layer - layers.start for layer in wanted if layer in layers]
+                x_BTD, record = self._scan_some(body, x_BTD, xs, rows, len(layers))
+            parts = {name: record.pop(site, None) for name, site in ROUTING_SITES.items()}
+            if parts["index"] is not None:
+                record["routing"] = Routing(**parts)
+            records.append(record)
+        return x_BTD, _joined(records), wanted
+
+    def _scan_some(
+        self, body: Callable, x_BTD: Array, xs: tuple, rows: list[int], n_layers: int
+    ) -> tuple[Array, dict[str, Array]]:
+        """A scan that records only some of its layers."""
+        slots = jnp.full(n_layers, len(rows)).at[jnp.array(rows, int)].set(
+            jnp.arange(len(rows)), mode="drop"
         )  # fmt: skip
 
         def selecting(carry: tuple, xs: tuple) -> tuple[tuple, None]:
@@ -292,9 +372,9 @@ class Transformer(nnx.Module):
 
         first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), xs)
         _, shapes = jax.eval_shape(body, x_BTD, first)
-        held = jax.tree.map(lambda s: jnp.zeros((len(layers), *s.shape), s.dtype), shapes)
+        held = jax.tree.map(lambda s: jnp.zeros((len(rows), *s.shape), s.dtype), shapes)
         (x_BTD, held), _ = jax.lax.scan(selecting, (x_BTD, held), (xs, slots))
-        return x_BTD, held, layers
+        return x_BTD, held
 
     def _logits(self, x_BTD: Array, site: Sites, capture: Capture) -> Array:
         wanted = {"logits", "norm_final_scale"} & set(capture.fields)
@@ -306,12 +386,16 @@ class Transformer(nnx.Module):
         if "logits" not in wanted:
             return ABSENT
         y_BND = select_positions(y_BTD, site.index, site.valid, axis=1)
+        if self.w_project_out is not None:
+            y_BND = product("BTD,DM->BTM", y_BND, self.w_project_out[...], config=self.config)
         if self.w_u is None:
-            logits = product("BTD,VD->BTV", y_BND, self.w_e[...], config=self.config)
+            logits = product("BTM,VM->BTV", y_BND, self.w_e[...], config=self.config)
         else:
-            logits = product("BTD,DV->BTV", y_BND, self.w_u[...], config=self.config)
+            logits = product("BTM,MV->BTV", y_BND, self.w_u[...], config=self.config)
         if self.b_u is not None:
             logits = logits + over(self.b_u[...].astype(logits.dtype), logits)
+        scale = self.config.logit_scale
+        logits = softcap(logits if scale == 1 else logits * scale, self.config.logit_softcap)
         real = site.mask if site.index is None else site.valid
         return logits if real is None else jnp.where(real[..., None], logits, 0)
 
@@ -319,6 +403,19 @@ class Transformer(nnx.Module):
 def _rows(table: Array, index: Array, axis: int = 0) -> Array:
     """The entries at these indices of an axis; NaN where there are none, negative ones included."""
     return jnp.take(table, jnp.where(index < 0, table.shape[axis], index), axis, mode="fill")
+
+
+def _joined(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the segments recorded: stacked over all layers, or a tuple of what differs in kind."""
+    if len(records) == 1:
+        return records[0]
+    names = {name: None for record in records for name in record}
+    return {
+        name: tuple(record.get(name) for record in records)
+        if name in SEGMENTED
+        else jnp.concatenate([record[name] for record in records])
+        for name in names
+    }
 
 
 def _counted(layers: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
