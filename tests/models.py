@@ -102,7 +102,7 @@ def randomised(model: Transformer, seed: int = 0) -> Transformer:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         value = rng.normal(size=leaf.shape)
         if "norm" in name and ".w." in name:
-            value = 1 - model.config.norm_offset + 0.3 * value
+            value = 1 + 0.3 * value
         elif ".b_" in name or ".b." in name or name.startswith("b_") or "sinks" in name:
             value = 0.3 * value
         else:

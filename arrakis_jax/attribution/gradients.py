@@ -20,6 +20,7 @@ from arrakis_jax.checks import (
     checked_tokens,
 )
 from arrakis_jax.forward import compiled
+from arrakis_jax.nn.linear import softcap
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.numerics import contract
 from arrakis_jax.residuals import (
@@ -38,6 +39,8 @@ from arrakis_jax.residuals import (
 class Target:
     """What is differentiated: a logit, or a logit difference, at one position of each row.
 
+    The model's own logit: with its soft-cap, if it has one.
+
     Attributes:
         ids: `[B]` token ids.
         against: `[B]` ids of the logit subtracted, or None.
@@ -48,15 +51,14 @@ class Target:
     against: Int[Array, " B"] | None
     position: Int[Array, " B"]
 
-    def direction(self, model: Transformer) -> Float[Array, "B D"]:
-        """The unembedding of the target, less that of `against`."""
-        u_BD = model.unembedding(self.ids)
-        return u_BD if self.against is None else u_BD - model.unembedding(self.against)
+    def value(self, model: Transformer, y_BD: Float[Array, "B D"]) -> Float[Array, " B"]:
+        """The target, from the normed stream at its position."""
 
-    def offset(self, model: Transformer) -> Float[Array, " B"]:
-        """What the unembedding's bias adds."""
-        b_B = model.unembedding_bias(self.ids)
-        return b_B if self.against is None else b_B - model.unembedding_bias(self.against)
+        def logit(ids: Int[Array, " B"]) -> Float[Array, " B"]:
+            read = contract("BD,BD->B", y_BD, model.unembedding(ids))
+            return softcap(read + model.unembedding_bias(ids), model.config.logit_softcap)
+
+        return logit(self.ids) if self.against is None else logit(self.ids) - logit(self.against)
 
 
 def checked_target(
@@ -87,8 +89,7 @@ def target_value(
     fields = tuple(dict.fromkeys((*capture, "final")))
     stream = model.after_embedding(x_BTD, mask=mask, capture=Capture(fields), taps=taps).residuals
     read = stream.at(target.position[:, None]).squeezed()
-    y_BD = model.final_norm(read.final)
-    value = contract("BD,BD->B", y_BD, target.direction(model)) + target.offset(model)
+    value = target.value(model, model.final_norm(read.final))
     return jnp.where(read.mask, value, jnp.nan), stream
 
 

@@ -23,7 +23,9 @@ def frozen(m):
     return m
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", ["llama3", "gpt2", "no_norm", "both", "parallel", "stream_before", "scaled", "mixed"]
+)
 def test_saliency_and_grad_x_input_by_definition(variant, x64):
     m = model(variant, dtype="float64")
     tokens, mask, _ = batch(lengths=(5, 3))
@@ -40,7 +42,10 @@ def test_saliency_and_grad_x_input_by_definition(variant, x64):
     saliency = feature_attribution(m, tokens, 3, method="saliency", mask=mask)
     close(saliency.tokens, jnp.linalg.norm(gradient, axis=-1), 1e-12)
     product = feature_attribution(m, tokens, 3, mask=mask)
-    close(product.tokens, (gradient * embedding).sum(-1), 1e-12)
+    # Measured by their parts: their sum all but vanishes where a norm reads the embedding alone.
+    parts = np.asarray(gradient * embedding)
+    rounding = 1e-12 * np.abs(parts).sum(-1).max()
+    assert np.abs(np.asarray(product.tokens) - parts.sum(-1)).max() <= rounding
     out = run(m, tokens, mask=mask)
     close(product.target, out.logits[np.arange(2), last, 3], 1e-12)
     n = m.config.n_layers
@@ -53,7 +58,7 @@ def test_saliency_and_grad_x_input_by_definition(variant, x64):
     error = np.abs(np.asarray(product.layers[-1]) - parts.sum(-1)).max()
     assert error <= 1e-12 * np.abs(parts).sum(-1).max()
     if m.w_pos is None:
-        close(product.layers[0], product.tokens, 1e-12)
+        assert np.abs(np.asarray(product.layers[0] - product.tokens)).max() <= rounding
 
 
 def test_linear_network_integrated_gradients_are_grad_x_input(x64):

@@ -7,8 +7,20 @@ import pytest
 from flax import nnx
 
 from arrakis_jax import RopeScaling, Transformer, run
-from arrakis_jax.nn.rotary import frequencies, rotate, rotation
+from arrakis_jax.nn import rotary
+from arrakis_jax.nn.rotary import rotate
+from arrakis_jax.nn.where import slopes
+from arrakis_jax.places import Places
 from tests.models import LLAMA3, close, config, model
+
+
+def frequencies(cfg, longest=0):
+    return np.asarray(rotary.frequencies(cfg.rope_theta, cfg.rope_scaling, cfg.d_rotary, longest))
+
+
+def rotation(cfg, positions):
+    longest = positions.max() + 1
+    return rotary.rotation(cfg, cfg.rope_theta, cfg.rope_scaling, positions, longest)
 
 
 def rotated(x, position, cfg):
@@ -43,6 +55,9 @@ def test_interleaved_pairs_are_the_same_up_to_a_permutation(x64):
     halves = np.asarray(rotate(jnp.asarray(x)[None, None, None], cos, sin))[0, 0, 0]
     angle = 5 * frequencies(cfg)
     interleaved = x[[0, 4, 1, 5, 2, 6, 3, 7]]
+    again = rotate(jnp.asarray(interleaved)[None, None, None], cos, sin, interleaved=True)
+    np.testing.assert_array_equal(np.asarray(again)[0, 0, 0, ::2], halves[:4])
+    np.testing.assert_array_equal(np.asarray(again)[0, 0, 0, 1::2], halves[4:])
     pairs = (interleaved[::2] + 1j * interleaved[1::2]) * np.exp(1j * angle)
     np.testing.assert_allclose(halves[:4], pairs.real, atol=1e-13)
     np.testing.assert_allclose(halves[4:], pairs.imag, atol=1e-13)
@@ -109,3 +124,33 @@ def test_attention_written_out(x64):
             close(r.pattern[layer, 0, h], pattern, 1e-12)
             total += pattern @ v @ np.asarray(attn.w_o[layer, h])
         close(r.attn_out[layer, 0], total, 1e-12)
+
+
+def test_a_part_of_a_head_is_rotated(x64):
+    cfg = config(dtype="float64", d_head=10, rotary_dim=6)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 1, 10)))
+    turned = rotate(x, *rotation(cfg, jnp.array([[5]])))
+    whole = rotate(x[..., :6], *rotation(config(dtype="float64", d_head=6), jnp.array([[5]])))
+    np.testing.assert_array_equal(turned[..., :6], whole)
+    np.testing.assert_array_equal(turned[..., 6:], x[..., 6:])
+
+
+@pytest.mark.parametrize("n_heads", [1, 6, 8, 12])
+def test_slopes_written_out(n_heads):
+    """Those of the largest power of two below, then every other one of twice that many."""
+    power = {1: 1, 6: 4, 8: 8, 12: 8}[n_heads]
+    want = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    twice = [2 ** (-8 * (i + 1) / (2 * power)) for i in range(2 * power)]
+    want += twice[::2][: n_heads - power]
+    np.testing.assert_allclose(slopes(n_heads), want, rtol=1e-12)
+
+
+def test_windows_count_real_tokens():
+    """A query reads itself and the two real tokens before it, whatever padding is between."""
+    mask = np.array([[1, 0, 1, 1, 0, 1, 1]], bool)
+    allowed = np.asarray(Places.of((1, 7), mask).allowed(3))[0]
+    assert [np.flatnonzero(row).tolist() for row in allowed[mask[0]]] == [
+        [0], [0, 2], [0, 2, 3], [2, 3, 5], [3, 5, 6],
+    ]  # fmt: skip
+    plain = np.asarray(Places.of((1, 5), None).allowed(2))[0]
+    assert (plain == np.tri(5, dtype=bool) & ~np.tri(5, k=-2, dtype=bool)).all()
