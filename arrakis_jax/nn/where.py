@@ -111,8 +111,12 @@ def alibi(config: ModelConfig, position_BS: Int[Array, "B S"]) -> Float[Array, "
     slope = over(jnp.asarray(slopes(config.n_heads), config.acc)[:, None], position)
     if not config.falcon_alibi:
         return slope * position
-    rounded = slope.astype(jnp.bfloat16) * position.astype(jnp.bfloat16)
-    return rounded.astype(config.acc)
+    return _bfloat16(_bfloat16(slope) * _bfloat16(position))
+
+
+def _bfloat16(x: Array) -> Array:
+    """Rounded to bfloat16; `astype` there and back is a rounding that XLA may leave out."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
 def slopes(n_heads: int) -> np.ndarray:
