@@ -7,8 +7,10 @@ import jax.numpy as jnp
 
 from arrakis_jax.errors import expected
 
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "identity"]
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "identity")
+Activation = Literal[
+    "gelu", "gelu_tanh", "gelu_bloom", "quick_gelu", "silu", "relu", "identity"
+]  # fmt: skip
+ACTIVATIONS = ("gelu", "gelu_tanh", "gelu_bloom", "quick_gelu", "silu", "relu", "identity")
 PLACEMENTS = ("pre", "post", "both", "stream_before", "stream_after")
 QK_NORMS = ("head", "each_head", "all_heads")
 
@@ -124,7 +126,8 @@ class ModelConfig:
         out_bias: a bias on the attention output.
         parallel: attention and MLP read the same stream point, so that there is no `resid_mid`.
         shared_norm: attention and MLP of a parallel block read one norm, `norm_attn`.
-        activation: nonlinearity of the MLP ("gelu" is the exact, erf form).
+        activation: nonlinearity of the MLP ("gelu" is the exact, erf form; "gelu_bloom" is
+            "gelu_tanh" with sqrt(2 / pi) written as 0.79788456).
         gated: whether the MLP is act(x w_gate) * (x w_in) instead of act(x w_in).
         mlp_bias: biases on every MLP matrix, experts' included.
         mlp_limit: a gated MLP's gate is clipped to at most this, and what it multiplies to

@@ -13,10 +13,14 @@ from arrakis_jax.families.base import Family
 
 @cache
 def families() -> Mapping[str, Family]:
-    """Every supported family by its `model_type`."""
+    """Every supported family by its `model_type`s."""
     modules = (import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__))
     found = (module.FAMILY for module in modules if hasattr(module, "FAMILY"))
-    return {family.name: family for family in sorted(found, key=lambda family: family.name)}
+    return {
+        name: family
+        for family in sorted(found, key=lambda family: family.name)
+        for name in (family.name, *family.aliases)
+    }
 
 
 def family_for(model_type: Any, *, name: str = "model_type") -> Family:

@@ -62,6 +62,7 @@ ACTIVATIONS = {
     "gelu_accurate": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_python_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
     "silu": "silu",
     "swish": "silu",
     "relu": "relu",
@@ -81,11 +82,13 @@ class Rule:
     """How a tensor on disk becomes one parameter, or several.
 
     Attributes:
-        tensor: its name; `{l}` stands for the layer, whose parameters are stacked.
-        pattern: einops, from the axes on disk to the parameter's own (without the layer axis), in
-            the letters of axes.py, with N for learned positions. A tensor that holds several
-            parameters has an axis `part` on both sides.
-        params: the parameters it fills.
+        tensor: its name; `{l}` stands for the layer, whose parameters are stacked, and the letter
+            of an axis in braces, as `{E}` or `{H}`, for one tensor for each index of the
+            parameter's first axis.
+        pattern: einops, from the axes on disk to the parameter's own (without the axes of `tensor`
+            in braces), in the letters of `letters`. A tensor that holds several parameters has an
+            axis `part` on both sides.
+        params: the parameters it fills; `blocks` stands for the layers, whatever their segment.
         sizes: how much of the axis `part` each of them takes, as a letter or "1" (the default).
     """
 
@@ -94,8 +97,22 @@ class Rule:
     params: tuple[str, ...]
     sizes: tuple[str, ...] = ()
 
+    @property
+    def each(self) -> str | None:
+        """The letter of the axis of which every index is a tensor of its own."""
+        found = re.search(r"\{([A-Z])\}", self.tensor)
+        return found and found[1]
+
+    def names(self, config: ModelConfig, layer: int | None = None) -> list[str]:
+        """The names of the tensors that fill the parameters (of one layer)."""
+        name = self.tensor.replace("{l}", str(layer))
+        if self.each is None:
+            return [name]
+        length = letters(config)[self.each]
+        return [name.replace(f"{{{self.each}}}", str(i)) for i in range(length)]
+
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """The shape on disk."""
+        """The shape of one tensor on disk."""
         length = self._lengths(config)
         groups = re.findall(r"\([^)]*\)|\w+", self.pattern.split("->")[0])
         return tuple(prod(length[axis] for axis in re.findall(r"\w+", g)) for g in groups)
@@ -142,7 +159,11 @@ def rule(tensor: str, pattern: str, *params: str, sizes: tuple[str, ...] = ()) -
 
 
 def letters(config: ModelConfig) -> dict[str, int]:
-    """The length of each axis of the weights."""
+    """The length of each axis of the weights, as in axes.py.
+
+    Also: M width of the embedding, N rows of the learned positions, J width of one expert, U width
+    of the shared expert.
+    """
     return {
         "D": config.d_model,
         "H": config.n_heads,
@@ -151,7 +172,11 @@ def letters(config: ModelConfig) -> dict[str, int]:
         "K": config.d_head,
         "F": config.d_mlp,
         "V": config.vocab_size,
-        "N": config.max_positions,
+        "M": config.d_embed or config.d_model,
+        "N": config.max_positions + config.position_offset,
+        "E": config.n_experts,
+        "J": config.d_expert,
+        "U": config.d_shared_expert,
         "1": 1,
     }
 
@@ -167,9 +192,13 @@ class Family:
         choices: of the fields that are names: the supported names, and what each means here.
         build: the arguments of ModelConfig, except dtype, from the values of these fields; raises
             ValueError for a combination that is not supported.
-        rules: the table of weights.
+        rules: the table of weights. Several may fill the same parameter: the first of which the
+            checkpoint has the tensors is used.
         prefix: of tensor names; checkpoints may leave it out.
-        buffers: regular expressions of tensors that are not weights.
+        aliases: other `model_type`s of the same architecture.
+        nested: the config field that holds the decoder's own config, in models of several parts.
+        buffers: regular expressions of tensors that are not weights of the decoder.
+        spelled: other names of tensors: regular expressions, and what to put for what they match.
         renamed: other names of fields.
         ignored: fields that do not change the forward, by the reason why, besides `IGNORED`.
         only: fields of which only these values are supported, besides `ONLY`.
@@ -180,9 +209,12 @@ class Family:
     build: Callable[[dict[str, Any]], dict[str, Any]]
     rules: tuple[Rule, ...]
     prefix: str
+    aliases: tuple[str, ...] = ()
+    nested: str | None = None
     types: Mapping[str, type] = field(default_factory=dict)
     choices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()
+    spelled: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     ignored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     only: Mapping[str, tuple] = field(default_factory=dict)

@@ -2,8 +2,10 @@
 
 import numpy as np
 
+from arrakis_jax.checkpoint.parameters import layers_of, parameters
 from arrakis_jax.families import config_for, families
 from arrakis_jax.families.base import rule
+from tests.families.cases import TINY
 
 CONFIG = config_for(
     "llama", hidden_size=10, num_attention_heads=6, num_key_value_heads=2, head_dim=4
@@ -42,11 +44,25 @@ def test_equal_parts_are_views():
     assert np.shares_memory(k, array)
 
 
-def test_each_parameter_has_one_rule():
+def test_rules_are_distinct_and_of_layers_where_they_say_so():
     for family in families().values():
-        params = [param for row in family.rules for param in row.params]
-        assert len(set(params)) == len(params)
         tensors = [row.tensor for row in family.rules]
         assert len(set(tensors)) == len(tensors)
         for row in family.rules:
             assert all(p.startswith("blocks.") == ("{l}" in row.tensor) for p in row.params)
+            assert len(set(row.params)) == len(row.params)
+
+
+def test_every_parameter_has_a_rule_that_inverts():
+    rng = np.random.default_rng(0)
+    for name, family in families().items():
+        config = family.config(TINY[family.name])
+        params, _ = parameters(config)
+        generic = {layers_of(param, config)[0] for param in params}
+        assert generic <= {param for row in family.rules for param in row.params}, name
+        for row in family.rules:
+            if not generic.issuperset(row.params):
+                continue
+            array = rng.normal(size=row.shape(config))
+            parts = [row.part(array, param, config) for param in row.params]
+            np.testing.assert_array_equal(row.joined(parts, config), array)

@@ -1,51 +1,80 @@
-"""Logits and every stream point of Hugging Face's models, through a checkpoint on disk."""
+"""Every family against Hugging Face's own forward, through a checkpoint on disk."""
 
+import jax
 import numpy as np
 import pytest
+import torch
+from transformers import AutoConfig
 
+from arrakis_jax.attribution.gradients import residual_gradients
 from arrakis_jax.checkpoint import from_pretrained
 from arrakis_jax.forward import run
 from tests.families import reference
+from tests.families.cases import CASES, OLD
 
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
-}  # fmt: skip
-OLD_LLAMA3 = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
+# In float64: Hugging Face's BLOOM writes sqrt(2 / pi) with eight digits.
+EXACT = {"bloom": 1e-8}
 
-CASES = {
-    "gpt2": ("gpt2", {}),
-    "gpt2-untied": ("gpt2", {"tie_word_embeddings": False}),
-    "gpt2-inverse-layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
-    "gpt2-reordered": ("gpt2", {"reorder_and_upcast_attn": True}),
-    "gpt2-unscaled": ("gpt2", {"scale_attn_weights": False, "n_head": 24}),
-    "gpt2-inner-relu": ("gpt2", {"n_inner": 70, "activation_function": "relu"}),
-    "gpt2-gelu": ("gpt2", {"activation_function": "gelu", "layer_norm_epsilon": 0.1}),
-    "llama": ("llama", {}),
-    "llama-mha": ("llama", {"num_key_value_heads": None, "head_dim": None}),
-    "llama-mqa": ("llama", {"num_key_value_heads": 1, "rms_norm_eps": 0.1}),
-    "llama3": ("llama", {"rope_parameters": LLAMA3}),
-    "llama3-old": ("llama", {"rope_scaling": OLD_LLAMA3, "rope_theta": 100.0}),
-    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama-tied": ("llama", {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}),
-}
+
+def close(ours, theirs: np.ndarray, mask: np.ndarray, tolerance: float, what: str) -> None:
+    """Asserts max|ours - theirs| <= tolerance * max|theirs| at real tokens, in every layer."""
+    ours = np.asarray(ours)
+    assert ours.shape == theirs.shape, what
+    ours, theirs = ours[..., mask, :], theirs[..., mask, :]
+    error = np.abs(ours - theirs).max((-2, -1)) / np.abs(theirs).max((-2, -1))
+    assert error.max() <= tolerance, f"{what}: {error}"
+
+
+def compare(model, torch_model, case: str, tolerance: float, gradient: float | None = None) -> None:
+    tokens, mask = reference.batch(case)
+    want = reference.forward(torch_model, tokens, mask)
+    out = run(model, tokens, mask=mask)
+    close(out.residuals.embed, want["embed"], mask, tolerance, "embed")
+    close(out.residuals.resid_post, want["resid_post"], mask, tolerance, "resid_post")
+    close(out.logits, want["logits"], mask, tolerance, "logits")
+    if gradient is not None:
+        a = np.arange(len(tokens)) + 3
+        b = a + 20
+        found = residual_gradients(model, tokens, a, against=b, mask=mask).embed
+        theirs = reference.gradient(torch_model, tokens, mask, a, b)
+        close(found, theirs, mask, gradient, "gradient")
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_parity(case, tmp_path):
-    name, changes = CASES[case]
-    torch_model = getattr(reference, name)(**changes)
-    points = getattr(reference, f"{name.upper()}_POINTS")
-    shards = {"max_shard_size": "40KB"} if case in ("gpt2-untied", "llama-tied") else {}
-    torch_model.save_pretrained(tmp_path, **shards)
-    assert (tmp_path / "model.safetensors.index.json").exists() == bool(shards)
+def test_float32(case, tmp_path):
+    torch_model = reference.torch_model(case)
+    reference.save(torch_model, tmp_path)
+    compare(from_pretrained(tmp_path), torch_model, case, 2e-5, gradient=1e-4)
 
-    tokens, mask = reference.batch()
-    want = reference.forward(torch_model, points, tokens, mask)
-    out = run(from_pretrained(tmp_path), tokens, mask=mask)
 
-    for point, theirs in want.items():
-        ours = out.logits if point == "logits" else getattr(out.residuals, point)
-        real = np.broadcast_to(mask, theirs.shape[:-1])
-        error = np.abs(np.asarray(ours) - theirs)[real].max()
-        assert error <= 2e-5 * np.abs(theirs[real]).max(), point
+@pytest.mark.parametrize("case", CASES)
+def test_float64(case, tmp_path):
+    exact = EXACT.get(CASES[case][0], 1e-9)
+    with jax.enable_x64(True), reference.true_float64():
+        torch_model = reference.torch_model(case, torch.float64)
+        reference.save(torch_model, tmp_path)
+        model = from_pretrained(tmp_path)
+        assert model.config.dtype == "float64"
+        compare(model, torch_model, case, exact)
+
+
+@pytest.mark.parametrize("case", OLD)
+def test_old_config_and_bfloat16_in_two_files(case, tmp_path):
+    torch_model = reference.rounded(reference.torch_model(case), torch.bfloat16)
+    reference.save(torch_model, tmp_path, dtype=torch.bfloat16, shards=True, old_json=True)
+    assert len(list(tmp_path.glob("*.safetensors"))) >= 2
+    compare(from_pretrained(tmp_path, dtype="float32"), torch_model, case, 2e-5)
+    model = from_pretrained(tmp_path)
+    assert model.config.dtype == "bfloat16"
+    compare(model, torch_model, case, 1e-2)
+
+
+@pytest.mark.parametrize("case", [case for case in OLD if CASES[case][0] != "falcon"])
+def test_old_configs_are_read_by_hugging_face(case, tmp_path):
+    """Falcon's first name, RefinedWeb, was code beside the weights."""
+    torch_model = reference.torch_model(case)
+    reference.save(torch_model, tmp_path, old_json=True)
+    own, again = torch_model.config.to_dict(), AutoConfig.from_pretrained(tmp_path).to_dict()
+    (again.get("rope_parameters") or {}).pop("type", None)
+    again["_name_or_path"] = own["_name_or_path"]
+    assert {name: again[name] for name in own} == own

@@ -1,0 +1,194 @@
+"""`from_pretrained`: a model from a folder or a hub id.
+
+Tensors are memory-mapped and copied once, into one array for each stacked parameter (or each
+device's share of it), which JAX then uses as it is: on a CPU, loading takes the size of the model
+in memory. Nothing here imports torch, unless the weights are in torch's own format.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, Sharding
+
+from arrakis_jax.axes import Array
+from arrakis_jax.checkpoint.files import (
+    NATIVE_CONFIG,
+    STORED,
+    Tensor,
+    open_folder,
+    read_json,
+    weights_folder,
+)
+from arrakis_jax.checkpoint.mxfp4 import unpacked
+from arrakis_jax.checkpoint.native import native_config, restore
+from arrakis_jax.checkpoint.parameters import assembled, parameters
+from arrakis_jax.checkpoint.weights import Source, finite, sources
+from arrakis_jax.config import ModelConfig
+from arrakis_jax.errors import CheckpointError, expected
+from arrakis_jax.families import family_for
+from arrakis_jax.families.base import Family
+from arrakis_jax.nn.transformer import Transformer
+
+# What a decoder's own config, inside that of a model of several parts, takes from the latter.
+INHERITED = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
+LARGE = 1_000_000_000  # bytes of weights from which on a progress bar is shown
+
+
+def from_pretrained(
+    path_or_repo_id: str | Path,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+    stream_dtype: Literal["bfloat16"] | None = None,
+    matmul_precision: Literal["highest", "high", "default"] | None = None,
+) -> Transformer:
+    """A model from a Hugging Face checkpoint, or from one made by `save`.
+
+    Args:
+        path_or_repo_id: a local folder, or a hub id (HF_HUB_OFFLINE is honoured). Weights are
+            safetensors, or without any, torch's .bin files, for which torch must be installed.
+        dtype: "float32", "bfloat16", or "float64" under x64. By default as stored: the widest of
+            the weights' own, and float32 for float16, bfloat16 for MXFP4.
+        mesh: where to put the parameters: heads, MLP units, experts and vocabulary over its axis
+            "model" if it has one and they divide, everything else on every device. Its axes are
+            used as Auto, also where they are Explicit.
+        revision: branch, tag or commit of a hub id.
+        stream_dtype: "bfloat16" rounds the residual stream to it (see ModelConfig).
+        matmul_precision: of float32 products; "highest" unless a checkpoint made by `save` says
+            otherwise. "high" and "default" buy speed on TPUs and GPUs.
+
+    Returns:
+        The model, its weights neither folded nor centred.
+
+    Raises:
+        CheckpointError: listing every tensor that is missing, left over or of another shape, and
+            every config field that is not supported.
+        ValueError: for another dtype.
+        TypeError: for a path or a mesh that is none.
+
+    Warns:
+        UserWarning: for weights that are infinite or not a number.
+    """
+    dtype = None if dtype is None else _checked_dtype(dtype)
+    mesh = _auto(mesh)
+    folder = weights_folder(path_or_repo_id, revision)
+    chosen = {"stream_dtype": stream_dtype, "matmul_precision": matmul_precision}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if (folder / NATIVE_CONFIG).is_file():
+        config = native_config(folder)
+        dtype = _checked_dtype(dtype or config.dtype)
+        return restore(folder, replace(config, dtype=dtype, **chosen), mesh)
+    family, config = _hf_config(folder)
+    found = sources(family, config, unpacked(open_folder(folder)))
+    dtype = dtype or _checked_dtype(_widest(found))
+    return _filled(found, replace(config, dtype=dtype, **chosen), mesh)
+
+
+def _hf_config(folder: Path) -> tuple[Family, ModelConfig]:
+    file = folder / "config.json"
+    hf = read_json(file, "a Hugging Face folder, or one made by `save`")
+    try:
+        family = family_for(hf.get("model_type"))
+        inner = hf.get(family.nested)
+        if inner is not None:
+            if not isinstance(inner, dict):
+                do = "download it again"
+                raise ValueError(expected(family.nested, "a table", type(inner).__name__, do))
+            hf = {name: hf[name] for name in INHERITED if name in hf} | inner
+        return family, family.config(hf)
+    except (ValueError, OverflowError) as error:
+        raise CheckpointError(f"{file} cannot be used:\n{error}") from None
+
+
+def _filled(found: dict[str, Source], config: ModelConfig, mesh: Mesh | None) -> Transformer:
+    """The model with the numbers of these tensors."""
+    wrong: dict[str, None] = {}
+    total = sum(prod(leaf.shape) for leaf in parameters(config)[0].values())
+
+    with _progress(total * np.dtype(config.dtype).itemsize) as advance:
+
+        def done(tensor: Tensor, piece: np.ndarray) -> None:
+            if not finite(piece):
+                wrong[tensor.name] = None
+            advance(piece.nbytes)
+
+        def make(name: str, shape: tuple[int, ...], sharding: Sharding | None) -> Array:
+            parts: dict[tuple, np.ndarray] = {}
+
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                """What devices hold, once for all that hold the same."""
+                key = tuple(i.indices(n) for i, n in zip(index, shape, strict=True))
+                if key not in parts:
+                    parts[key] = found[name].read(shape, index, config, done)
+                return parts[key]
+
+            if sharding is None:
+                return jax.device_put(part((slice(None),) * len(shape)))
+            return jax.make_array_from_callback(shape, sharding, part)
+
+        model = assembled(config, mesh, make)
+    if wrong:
+        names = ", ".join(list(wrong)[:10]) + (f" and {len(wrong) - 10} more" * (len(wrong) > 10))
+        do = "what they reach is NaN; download them again"
+        message = expected(
+            "weights", f"finite in {config.dtype}", f"NaN or infinity in {names}", do
+        )
+        warnings.warn(message, stacklevel=3)
+    return model
+
+
+@contextmanager
+def _progress(size: int) -> Iterator[Callable[[int], None]]:
+    """A bar in the terminal, for large models; yields what to tell the bytes that are done."""
+    if size < LARGE:
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = ("loading", BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    off = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=off) as progress:
+        yield partial(progress.advance, progress.add_task("loading", total=size))
+
+
+def _widest(found: dict[str, Source]) -> str:
+    dtypes = {tensor.dtype for source in found.values() for tensor in source.tensors.flat}
+    if dtypes == {STORED["BF16"]}:
+        return "bfloat16"
+    return np.result_type(np.float32, *dtypes).name
+
+
+def _auto(mesh: Any) -> Mesh | None:
+    """The mesh with Auto axes: Explicit ones, JAX's default, are not for plain model code."""
+    if mesh is None:
+        return None
+    if not isinstance(mesh, Mesh):
+        do = "make one with jax.make_mesh"
+        raise TypeError(expected("mesh", "a jax.sharding.Mesh or None", type(mesh).__name__, do))
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
+def _checked_dtype(dtype: Any) -> str:
+    try:
+        name = np.dtype(dtype).name
+    except TypeError:
+        name = None
+    if name not in ("float32", "bfloat16", "float64"):
+        must, do = "'float32', 'bfloat16' or 'float64'", "choose one of them"
+        raise ValueError(expected("dtype", must, repr(dtype), do))
+    if name == "float64" and jnp.result_type(float) != np.float64:
+        must, do = "'float32' or 'bfloat16' without x64", "enable jax_enable_x64, or choose one"
+        raise ValueError(expected("dtype", must, "'float64'", do))
+    return name

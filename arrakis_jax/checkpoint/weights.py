@@ -1,0 +1,209 @@
+"""Which tensors of a Hugging Face checkpoint fill which parameter, and what they become."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+
+from arrakis_jax.checkpoint.files import WEIGHTS, Tensor
+from arrakis_jax.checkpoint.parameters import layers_of, named, parameters
+from arrakis_jax.config import ModelConfig
+from arrakis_jax.errors import CheckpointError, expected
+from arrakis_jax.families import family_for
+from arrakis_jax.families.base import Family, Rule, letters
+from arrakis_jax.nn.transformer import Transformer
+
+ALIGNMENT = 64  # bytes; JAX copies a host array that is not aligned to it
+CHUNK = 1 << 24  # numbers compared at once
+
+
+@dataclass(frozen=True)
+class Source:
+    """The tensors of one parameter.
+
+    Attributes:
+        rule: what they become.
+        param: the parameter, as `rule` names it.
+        tensors: one for each index of the parameter's first axes; of shape (), (L,) or (L, E).
+    """
+
+    rule: Rule
+    param: str
+    tensors: np.ndarray
+
+    def read(
+        self,
+        shape: tuple[int, ...],
+        index: tuple[slice, ...],
+        config: ModelConfig,
+        done: Callable[[Tensor, np.ndarray], None],
+    ) -> np.ndarray:
+        """The part of the parameter at `index`, reading no more; calls `done` on every piece."""
+        rule, tensors = self.rule, self.tensors
+        if tensors.size and tensors.flat[0].parts:
+            # One expert after the other: the axis E becomes one of `tensors`.
+            tensors = np.array([t.parts for t in tensors.flat]).reshape(*tensors.shape, -1)
+            rule = replace(rule, pattern=re.sub(r"\bE ", "", rule.pattern))
+        n = tensors.ndim
+        chosen = tensors[(*index[:n], ...)]
+        out = aligned(
+            tuple(len(range(size)[i]) for size, i in zip(shape, index, strict=True)), config.dtype
+        )
+        for at in np.ndindex(chosen.shape):
+            part = rule.part(chosen[at].read(), self.param, config)
+            with np.errstate(over="ignore", invalid="ignore"):
+                out[at] = part.reshape(shape[n:])[index[n:]]
+            done(chosen[at], out[at])
+        return out
+
+
+def sources(
+    family: Family, config: ModelConfig, tensors: Mapping[str, Tensor]
+) -> dict[str, Source]:
+    """The tensors of every parameter.
+
+    Raises:
+        CheckpointError: unless they fit one to one, listing every one that does not.
+    """
+    tensors = _renamed(tensors, family)
+    params, _ = parameters(config)
+    found, wanted = {}, {}
+    for param in params:
+        generic, layers = layers_of(param, config)
+        rules = [(r, _names(r, config, layers)) for r in family.rules if generic in r.params]
+        assert rules, f"no rule of {family.name} fills {param}"
+        # The first of which nothing is missing; else the one of which the least is.
+        rule, names = max(rules, key=lambda row: _share(row[1], tensors))
+        wanted |= dict.fromkeys(names.flat, rule.shape(config))
+        found[param] = rule, generic, names
+    problems = []
+    for name, shape in wanted.items():
+        got = tensors.get(name)
+        if got is None:
+            must, do = f"in the checkpoint, with shape {shape}", "compare it with config.json"
+            problems.append(expected(name, must, "no such tensor", do))
+        elif got.shape != shape:
+            do = "compare it with config.json"
+            problems.append(expected(got.name, f"of shape {shape}", f"shape {got.shape}", do))
+        elif got.stored not in WEIGHTS:
+            must, do = f"stored as one of {WEIGHTS}", "convert the weights"
+            problems.append(expected(got.name, must, got.stored, do))
+    for name in tensors.keys() - wanted.keys() - _redundant(family, params, tensors):
+        got, must = (
+            f"a tensor of shape {tensors[name].shape}",
+            f"a weight of this {family.name} config",
+        )
+        problems.append(expected(tensors[name].name, must, got, "the model has no place for it"))
+    if problems:
+        raise CheckpointError("\n".join(sorted(problems, key=_natural)))
+    return {
+        param: Source(rule, generic, _table(tensors, names))
+        for param, (rule, generic, names) in found.items()
+    }
+
+
+def export_weights(family: str, model: Transformer) -> dict[str, np.ndarray]:
+    """The model's parameters as the tensors of a Hugging Face checkpoint of this family."""
+    config, params = model.config, named(model)
+    where = {name: layers_of(name, config) for name in params}
+    tensors, exported = {}, set()
+    for rule in family_for(family).rules:
+        for name in params:
+            generic, layers = where[name]
+            if generic != rule.params[0] or name in exported:
+                continue
+            head = name.removesuffix(generic.removeprefix("blocks."))
+            names = [head + param.removeprefix("blocks.") for param in rule.params]
+            exported.update(names)
+            values = [np.asarray(params[name]) for name in names]
+            table = _names(rule, config, layers)
+            for at in np.ndindex(table.shape):
+                tensors[table[at]] = rule.joined([value[at] for value in values], config)
+    return tensors
+
+
+def aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """An empty array that JAX can use on a CPU without a copy."""
+    size = prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def finite(array: np.ndarray) -> bool:
+    """Whether every number is, in no memory besides: by their bits, as integers."""
+    size = array.dtype.itemsize
+    infinity = np.array([np.inf, -np.inf], array.dtype).view(f"u{size}")
+    # Nothing positive, whose bits are positive integers, nor negative is infinity's or beyond.
+    return bool(
+        array.view(f"i{size}").max(initial=0) < infinity[0]
+        and array.view(f"u{size}").max(initial=0) < infinity[1]
+    )
+
+
+def _names(rule: Rule, config: ModelConfig, layers: range) -> np.ndarray:
+    """The names of a rule's tensors, in the parameter's first axes."""
+    stacked = "{l}" in rule.tensor
+    shape = (len(layers),) if stacked else ()
+    shape += () if rule.each is None else (letters(config)[rule.each],)
+    rows = [rule.names(config, layer) for layer in (layers if stacked else [None])]
+    return np.array(rows, object).reshape(shape)
+
+
+def _share(names: np.ndarray, tensors: Mapping[str, Tensor]) -> float:
+    """How many of the names are there, as a share."""
+    return sum(name in tensors for name in names.flat) / max(names.size, 1)
+
+
+def _table(tensors: Mapping[str, Tensor], names: np.ndarray) -> np.ndarray:
+    table = np.empty(names.shape, object)
+    for at in np.ndindex(names.shape):
+        table[at] = tensors[names[at]]
+    return table
+
+
+def _renamed(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """The tensors under the names of the family's table; what is no weight is left out."""
+    known = {re.sub(r"\\\{\w\\\}", r"\\d+", re.escape(rule.tensor)) for rule in family.rules}
+    pattern = re.compile("|".join(known))
+
+    def listed(name: str) -> str:
+        for spelling, usual in family.spelled.items():
+            name = re.sub(spelling, usual, name)
+        full = family.prefix + name
+        return full if pattern.fullmatch(full) and not pattern.fullmatch(name) else name
+
+    renamed = {}
+    # A name that another tensor has already remains as it is, and is left over.
+    for name in sorted(tensors, key=lambda name: listed(name) != name):
+        target = listed(name)
+        if not any(re.fullmatch(buffer, n) for buffer in family.buffers for n in (name, target)):
+            renamed[name if target in renamed else target] = tensors[name]
+    return renamed
+
+
+def _redundant(family: Family, params: Mapping, tensors: Mapping[str, Tensor]) -> set[str]:
+    """The unembedding of a tied model, where it is stored and equals the embedding."""
+    if "w_u" in params:
+        return set()
+    heads, tables = (
+        [rule.tensor for rule in family.rules if rule.params == (param,) and rule.tensor in tensors]
+        for param in ("w_u", "w_e")
+    )
+    return {h for h in heads if all(_equal(tensors[h], tensors[t]) for t in tables)}
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same bits."""
+    if (a.stored, a.shape) != (b.stored, b.shape) or a.stored not in WEIGHTS:
+        return False
+    x, y = (t.read().view(f"u{t.dtype.itemsize}") for t in (a, b))
+    step = max(1, CHUNK // max(1, prod(a.shape[1:])))
+    return all(np.array_equal(x[i : i + step], y[i : i + step]) for i in range(0, len(x), step))
+
+
+def _natural(text: str) -> list:
+    """A sorting key that counts layers as numbers."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]

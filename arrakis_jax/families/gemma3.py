@@ -1,0 +1,79 @@
+"""Gemma 3: Gemma 2 with normed queries and keys, and another RoPE in layers with a window.
+
+Its text models have a config of their own; in the others it is nested, and the weights stand beside
+those of a vision tower, which are left out.
+"""
+
+from typing import Any
+
+from arrakis_jax.errors import expected
+from arrakis_jax.families import decoder, gemma2, rope
+from arrakis_jax.families.base import ACTIVATIONS
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def build(hf: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ModelConfig."""
+    full, local = _ropes(hf)
+    pattern = decoder.positive(hf, "sliding_window_pattern")
+    windows = decoder.windows(hf, lambda layer: (layer + 1) % pattern != 0)
+    if windows:
+        turned = rope.rope(local)
+        windows["window_rope_theta"] = turned["rope_theta"]
+        windows["window_rope_scaling"] = turned["rope_scaling"]
+    return gemma2.common(full) | windows | {"qk_norm": "head"}
+
+
+def _ropes(hf: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields with RoPE of the layers without a window, and of those with one.
+
+    Transformers 5 writes a rotary dict for each type of layers; earlier versions `rope_scaling` for
+    those without a window, and `rope_local_base_freq` for those with one.
+    """
+    given = hf["rope_parameters"] or {}
+    right = all(isinstance(kind, dict | None) for kind in given.values())
+    if not right or given.keys() - {FULL, SLIDING}:
+        must = f"dicts under {FULL!r} and {SLIDING!r}"
+        raise ValueError(expected("rope_parameters", must, given, "give one to each"))
+    full = (given.get(FULL) or {"rope_type": "default"}) | (hf["rope_scaling"] or {})
+    local = {"rope_parameters": given.get(SLIDING), "rope_theta": hf["rope_local_base_freq"]}
+    return (
+        hf | {"rope_scaling": None, "rope_parameters": full},
+        hf | {"rope_scaling": None} | local,
+    )
+
+
+FAMILY = decoder.Decoder(
+    name="gemma3",
+    aliases=("gemma3_text",),
+    nested="text_config",
+    defaults=gemma2.DEFAULTS
+    | {
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "sliding_window_pattern": 6,
+        "final_logit_softcapping": None,
+    },
+    build=build,
+    rules=(*gemma2.RULES, *decoder.QK_NORMS),
+    types=decoder.TYPES | {"final_logit_softcapping": float},
+    choices={"hidden_activation": ACTIVATIONS},
+    spelled={
+        r"^language_model\.lm_head\.": "lm_head.",
+        r"^(model\.)?language_model\.(model\.)?": "model.",
+    },
+    buffers=(r".*rotary_emb.*inv_freq", r"(model\.)?(vision_tower|multi_modal_projector)\..*"),
+    ignored=decoder.IGNORED
+    | {
+        "hidden_activation, as Gemma names it": ("hidden_act",),
+        "sliding_window_pattern, as transformers 5 writes it": ("_sliding_window_pattern",),
+    },
+    only=decoder.ONLY
+    | {
+        "use_bidirectional_attention": (False,),
+        "attn_logit_softcapping": (),
+    },
+)

@@ -1,0 +1,25 @@
+"""Mistral: Llama in which every layer reads a window, in its first versions."""
+
+from typing import Any
+
+from arrakis_jax.families import decoder
+
+
+def build(hf: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ModelConfig."""
+    return decoder.build(hf) | {"window": hf["sliding_window"]}
+
+
+FAMILY = decoder.Decoder(
+    name="mistral",
+    defaults=decoder.DEFAULTS
+    | {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "hidden_act": "silu",
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 4096,
+    },
+    build=build,
+)

@@ -1,0 +1,25 @@
+"""OLMo: Llama with LayerNorms without gain and bias, and clipped queries, keys and values."""
+
+from typing import Any
+
+from arrakis_jax.families import decoder
+
+
+def build(hf: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ModelConfig."""
+    return decoder.build(hf | {"rms_norm_eps": 1e-5}) | {
+        "norm": "layernorm",
+        "norm_gain": False,
+        "norm_bias": False,
+        "clip_qkv": hf["clip_qkv"],
+    }
+
+
+FAMILY = decoder.Decoder(
+    name="olmo",
+    defaults=decoder.DEFAULTS
+    | {"vocab_size": 50304, "hidden_act": "silu", "attention_bias": False, "clip_qkv": None},
+    build=build,
+    rules=(*decoder.ENDS, *decoder.ATTENTION, *decoder.MLP),
+    types=decoder.TYPES | {"clip_qkv": float},
+)

@@ -1,0 +1,50 @@
+"""SmolLM3: Llama without RoPE in every fourth layer, and perhaps with a window there."""
+
+from typing import Any
+
+from arrakis_jax.errors import expected
+from arrakis_jax.families import decoder
+
+
+def build(hf: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ModelConfig."""
+    n_layers, given = hf["num_hidden_layers"], hf["no_rope_layers"]
+    interval = decoder.positive(hf, "no_rope_layer_interval")
+    # Despite its name, `no_rope_layers` is 1 where a layer has RoPE.
+    if given is None:
+        given = [(layer + 1) % interval != 0 for layer in range(n_layers)]
+    if len(given) < n_layers:
+        must = f"a number for each of {n_layers} layers"
+        raise ValueError(expected("no_rope_layers", must, given, "check both"))
+    turned = tuple(map(bool, given[:n_layers]))
+    slides = hf["use_sliding_window"] and hf["sliding_window"] is not None
+    windows = decoder.windows(hf, lambda layer: slides and not turned[layer])
+    return decoder.build(hf) | windows | {"rope_layers": None if all(turned) else turned}
+
+
+FAMILY = decoder.Decoder(
+    name="smollm3",
+    defaults=decoder.DEFAULTS
+    | {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 2e6,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "layer_types": None,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+    },
+    build=build,
+    types=decoder.TYPES | {"no_rope_layers": list},
+    ignored=decoder.IGNORED | {"not read by the model": ("max_window_layers",)},
+)
