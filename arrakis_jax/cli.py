@@ -1,4 +1,4 @@
-"""The command line: `arrakis-jax analyze` and `arrakis-jax info`."""
+"""The command line: `arrakis-jax analyze`, `arrakis-jax info` and `arrakis-jax convert`."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from arrakis_jax import __version__
 from arrakis_jax.attribution.features import feature_attribution
-from arrakis_jax.checkpoint import from_pretrained
+from arrakis_jax.checkpoint import from_pretrained, new_folder, save
 from arrakis_jax.decomposition.direct import capture_for
 from arrakis_jax.decomposition.readout import LogitAttribution, logit_attribution
 from arrakis_jax.demo import FOLDER
@@ -99,13 +99,36 @@ def info(
     """Loads a checkpoint and describes it."""
     with _one_line_errors():
         network = from_pretrained(model)
-    leaves = jax.tree.leaves(network)
-    table = Table(title=str(model), show_header=False)
-    table.add_row("parameters", f"{sum(leaf.size for leaf in leaves):,}")
-    table.add_row("bytes", f"{sum(leaf.nbytes for leaf in leaves):,}")
+    table = _sizes(network, str(model))
     for field in fields(network.config):
         table.add_row(field.name, str(getattr(network.config, field.name)))
     Console().print(table)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="a checkpoint's folder or hub id")],
+    out: Annotated[Path, typer.Argument(help="a folder that does not exist yet")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; by default as stored")
+    ] = None,
+) -> None:
+    """Writes a checkpoint in this package's own form: weights and config, and no tokenizer."""
+    with _one_line_errors():
+        new_folder(out, name="out")
+        network = from_pretrained(model, dtype=dtype)
+        save(network, out)
+    table = _sizes(network, str(out))
+    table.add_row("dtype", network.config.dtype)
+    Console().print(table)
+
+
+def _sizes(network: Transformer, title: str) -> Table:
+    leaves = jax.tree.leaves(network)
+    table = Table(title=escape(title), show_header=False)
+    table.add_row("parameters", f"{sum(leaf.size for leaf in leaves):,}")
+    table.add_row("bytes", f"{sum(leaf.nbytes for leaf in leaves):,}")
+    return table
 
 
 def analysis(

@@ -107,6 +107,24 @@ def test_gradients_at_every_site_cost_two_forwards():
     assert features / forward <= 2.1
 
 
+def test_experts_cost_what_is_used_of_them():
+    """8 of 128 experts: at most half as much again, for blocks that are not full."""
+    config = config_for("qwen3_moe", num_hidden_layers=3)
+    m = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    tokens = jax.ShapeDtypeStruct((8, 128), jnp.int32)
+    d, h, g, k = config.d_model, config.n_heads, config.n_kv_heads, config.d_head
+    attention = 2 * d * (2 * h + 2 * g) * k + 4 * 128 * h * k
+    experts = 6 * d * config.d_expert * config.experts_per_token
+    rest = 3 * 8 * 128 * (attention + 2 * d * config.n_experts)
+    forward = flops(lambda m, t: m(t, capture=("resid_pre", "resid_mid", "final")), m, tokens)
+    assert rest + 3 * 8 * 128 * experts <= forward <= rest + 1.5 * 3 * 8 * 128 * experts
+    gradients = flops(lambda m, t: residual_gradients(m, t, 3, against=4), m, tokens)
+    assert gradients / forward <= 2.1
+    for by in ("head", "neuron", "expert"):
+        found = flops(lambda m, t, by=by: logit_attribution(m, t, 3, by=by), m, tokens)
+        assert found / forward <= 1.05, by
+
+
 def test_head_attribution_costs_one_forward():
     m, tokens = gpt2_small(), jax.ShapeDtypeStruct((8, 128), jnp.int32)
     forward = flops(lambda m, t: m(t, capture=("final",)), m, tokens)

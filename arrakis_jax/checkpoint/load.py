@@ -99,14 +99,14 @@ def _hf_config(folder: Path) -> tuple[Family, ModelConfig]:
     hf = read_json(file, "a Hugging Face folder, or one made by `save`")
     try:
         family = family_for(hf.get("model_type"))
-        inner = hf.get(family.nested)
-        if inner is not None:
+        if family.nested is not None and family.nested in hf:
+            inner = hf[family.nested]
             if not isinstance(inner, dict):
                 do = "download it again"
                 raise ValueError(expected(family.nested, "a table", type(inner).__name__, do))
             hf = {name: hf[name] for name in INHERITED if name in hf} | inner
         return family, family.config(hf)
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{file} cannot be used:\n{error}") from None
 
 
@@ -125,25 +125,24 @@ def _filled(found: dict[str, Source], config: ModelConfig, mesh: Mesh | None) ->
         def make(name: str, shape: tuple[int, ...], sharding: Sharding | None) -> Array:
             parts: dict[tuple, np.ndarray] = {}
 
-            def part(index: tuple[slice, ...]) -> np.ndarray:
-                """What devices hold, once for all that hold the same."""
+            def part(index: tuple[slice, ...] | None = None) -> np.ndarray:
+                """What devices hold, read once for all that hold the same."""
+                index = (slice(None),) * len(shape) if index is None else index
                 key = tuple(i.indices(n) for i, n in zip(index, shape, strict=True))
                 if key not in parts:
                     parts[key] = found[name].read(shape, index, config, done)
                 return parts[key]
 
             if sharding is None:
-                return jax.device_put(part((slice(None),) * len(shape)))
+                return jax.device_put(part())
             return jax.make_array_from_callback(shape, sharding, part)
 
         model = assembled(config, mesh, make)
     if wrong:
-        names = ", ".join(list(wrong)[:10]) + (f" and {len(wrong) - 10} more" * (len(wrong) > 10))
-        do = "what they reach is NaN; download them again"
-        message = expected(
-            "weights", f"finite in {config.dtype}", f"NaN or infinity in {names}", do
-        )
-        warnings.warn(message, stacklevel=3)
+        more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        got = f"NaN or infinity in {', '.join(list(wrong)[:10])}{more}"
+        do = "results will be NaN where they reach"
+        warnings.warn(expected("weights", f"finite in {config.dtype}", got, do), stacklevel=3)
     return model
 
 

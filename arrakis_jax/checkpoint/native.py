@@ -16,7 +16,7 @@ from arrakis_jax.errors import CheckpointError, expected
 from arrakis_jax.nn.transformer import Transformer
 
 FORMAT = 1  # of the config; fields that it lacks have their defaults
-CHUNK = 1 << 24  # bytes read or written at once, which bounds the memory besides the weights' own
+CHUNK = 1 << 26  # bytes read at once; smaller buffers are kept by the allocator, and add up
 
 
 def save(model: Transformer, path: str | Path) -> None:
@@ -45,7 +45,7 @@ def save(model: Transformer, path: str | Path) -> None:
     (folder / NATIVE_CONFIG).write_text(json.dumps(about, indent=1))
 
 
-def new_folder(path: str | Path) -> Path:
+def new_folder(path: str | Path, *, name: str = "path") -> Path:
     """The path, made absolute.
 
     Raises:
@@ -54,7 +54,7 @@ def new_folder(path: str | Path) -> Path:
     folder = Path(path).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         do = "remove it, or choose another"
-        raise FileExistsError(expected("path", "a new or empty folder", repr(str(path)), do))
+        raise FileExistsError(expected(name, "a new or empty folder", repr(str(path)), do))
     return folder
 
 

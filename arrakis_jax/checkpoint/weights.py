@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +48,7 @@ class Source:
             tensors = np.array([t.parts for t in tensors.flat]).reshape(*tensors.shape, -1)
             rule = replace(rule, pattern=re.sub(r"\bE ", "", rule.pattern))
         n = tensors.ndim
-        chosen = tensors[(*index[:n], ...)]
+        chosen: Any = tensors[(*index[:n], ...)]
         out = aligned(
             tuple(len(range(size)[i]) for size, i in zip(shape, index, strict=True)), config.dtype
         )
@@ -91,11 +92,9 @@ def sources(
             must, do = f"stored as one of {WEIGHTS}", "convert the weights"
             problems.append(expected(got.name, must, got.stored, do))
     for name in tensors.keys() - wanted.keys() - _redundant(family, params, tensors):
-        got, must = (
-            f"a tensor of shape {tensors[name].shape}",
-            f"a weight of this {family.name} config",
-        )
-        problems.append(expected(tensors[name].name, must, got, "the model has no place for it"))
+        must, got = f"a weight of this {family.name} config", f"shape {tensors[name].shape}"
+        do = "the model has no place for it"
+        problems.append(expected(tensors[name].name, must, f"a tensor of {got}", do))
     if problems:
         raise CheckpointError("\n".join(sorted(problems, key=_natural)))
     return {
@@ -158,9 +157,10 @@ def _share(names: np.ndarray, tensors: Mapping[str, Tensor]) -> float:
 
 
 def _table(tensors: Mapping[str, Tensor], names: np.ndarray) -> np.ndarray:
+    """The tensors of these names."""
     table = np.empty(names.shape, object)
     for at in np.ndindex(names.shape):
-        table[at] = tensors[names[at]]
+        table[at] = tensors[str(names[at])]
     return table
 
 

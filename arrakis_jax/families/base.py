@@ -189,6 +189,7 @@ class Family:
         name: its `model_type`.
         defaults: the config fields that are read, with the defaults of Hugging Face's class.
         types: of the fields whose default is None.
+        nullable: fields that may be null although their default is not.
         choices: of the fields that are names: the supported names, and what each means here.
         build: the arguments of ModelConfig, except dtype, from the values of these fields; raises
             ValueError for a combination that is not supported.
@@ -212,6 +213,7 @@ class Family:
     aliases: tuple[str, ...] = ()
     nested: str | None = None
     types: Mapping[str, type] = field(default_factory=dict)
+    nullable: tuple[str, ...] = ()
     choices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()
     spelled: Mapping[str, str] = field(default_factory=dict)
@@ -279,7 +281,7 @@ class Family:
             return None if value in known else f"one of {known}"
         default = self.defaults[name]
         kind = self.types[name] if default is None else type(default)
-        if value is None and default is None:
+        if value is None and (default is None or name in self.nullable):
             return None
         if kind is float and type(value) is int or type(value) is kind:
             return None

@@ -150,11 +150,7 @@ NULLABLE = ("num_key_value_heads", "sliding_window")
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder(Family):
-    """A family in the shape of Llama.
-
-    Attributes:
-        nullable: fields that may be null although their default is not.
-    """
+    """A family in the shape of Llama."""
 
     build: Callable[[dict[str, Any]], dict[str, Any]] = build
     rules: tuple[Rule, ...] = RULES
@@ -167,7 +163,3 @@ class Decoder(Family):
     ignored: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: IGNORED)
     only: Mapping[str, tuple] = field(default_factory=lambda: ONLY)
     nullable: tuple[str, ...] = NULLABLE
-
-    def _wrong(self, name: str, value: Any) -> str | None:
-        null = value is None and name in self.nullable
-        return None if null else super()._wrong(name, value)

@@ -61,8 +61,8 @@ class Attention(nnx.Module):
 
         pattern_BGRTS = rearrange(pattern_BHTS, "B (G R) T S -> B G R T S", G=cfg.n_kv_heads)
         z_BTGRK = product("BGRTS,BSGK->BTGRK", pattern_BGRTS, v_BSGK, config=cfg)
-        # In the weights' dtype, so that the heads' terms are those that the product below sums.
-        z_BTHK = rearrange(z_BTGRK, "B T G R K -> B T (G R) K").astype(cfg.dtype)
+        # In the operands' dtype, so that the heads' terms are those that the product below sums.
+        z_BTHK = rearrange(z_BTGRK, "B T G R K -> B T (G R) K").astype(cfg.operands)
         z_BTHK = site("z", z_BTHK)
         return affine("BTHK,HKD->BTD", z_BTHK, self.w_o, self.b_o, cfg)
 

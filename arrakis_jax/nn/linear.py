@@ -1,4 +1,4 @@
-"""Products with weights: the operands in the weights' dtype, the sums in at least float32."""
+"""Products with weights: operands in at least float32, unless speed is asked for; sums always."""
 
 from functools import partial
 from math import prod
@@ -57,11 +57,11 @@ def constant(shape: tuple[int, ...], value: float, config: ModelConfig) -> nnx.P
 
 
 def product(spec: str, *operands: Array, config: ModelConfig) -> Array:
-    """`jnp.einsum` with operands in the model's dtype and the result in `config.acc`."""
+    """`jnp.einsum` with operands in `config.operands` and the result in `config.acc`."""
     return jnp.einsum(
         spec,
-        *(x.astype(config.dtype) for x in operands),
-        precision=precision(config),
+        *(x.astype(config.operands) for x in operands),
+        precision=None if config.operands == jnp.bfloat16 else config.matmul_precision,
         preferred_element_type=config.acc,
     )
 
@@ -75,8 +75,3 @@ def affine(spec: str, x: Array, w: nnx.Param, b: nnx.Param | None, config: Model
 def softcap(x: Array, cap: float | None) -> Array:
     """`cap tanh(x / cap)`, or `x` without a cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-def precision(config: ModelConfig) -> str | None:
-    """The precision of products of float32 operands; other dtypes have only one."""
-    return None if config.dtype == "bfloat16" else config.matmul_precision

@@ -42,7 +42,7 @@ class MLP(nnx.Module):
         hidden_BTF = affine("BTD,DF->BTF", x_BTD, self.w_in, self.b_in, cfg)
         if self.w_gate is not None:
             gate_BTF = affine("BTD,DF->BTF", x_BTD, self.w_gate, self.b_gate, cfg)
-        hidden_BTF = site(name, activated(hidden_BTF, gate_BTF, cfg).astype(cfg.dtype))
+        hidden_BTF = site(name, activated(hidden_BTF, gate_BTF, cfg).astype(cfg.operands))
         return affine("BTF,FD->BTD", hidden_BTF, self.w_out, self.b_out, cfg)
 
 

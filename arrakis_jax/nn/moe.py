@@ -54,7 +54,7 @@ class MoE(nnx.Module):
         hidden_BTkF, gate_BTkF = product_of(x_BTkD, self.w_in, self.b_in), None
         if self.w_gate is not None:
             gate_BTkF = product_of(x_BTkD, self.w_gate, self.b_gate)
-        hidden_BTkF = site("mlp_act", activated(hidden_BTkF, gate_BTkF, cfg).astype(cfg.dtype))
+        hidden_BTkF = site("mlp_act", activated(hidden_BTkF, gate_BTkF, cfg).astype(cfg.operands))
         out_BTkD = product_of(hidden_BTkF, self.w_out, self.b_out)
         out_BTD = jnp.sum(out_BTkD * routing.weight[..., None], -2)
         if self.shared is None:
@@ -94,8 +94,8 @@ class Groups:
         self.shape = index.shape
         expert = index.reshape(-1)
         n = expert.shape[0]
-        # At most half as much again as the rows themselves are padded, on average over experts.
-        self.size = max(8, 1 << max(n // n_experts, 1).bit_length() - 1)
+        # At most half an expert's mean number of rows: padding adds at most half of all rows.
+        self.size = max(8, 1 << max(n // (2 * n_experts), 1).bit_length() - 1)
         self.n_blocks = -(-(n + n_experts * (self.size - 1)) // self.size)
         order = jnp.argsort(expert)
         ordered = expert[order]

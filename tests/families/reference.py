@@ -73,12 +73,10 @@ def forward(model: PreTrainedModel, tokens: np.ndarray, mask: np.ndarray) -> dic
     seen = {}
     with torch.no_grad(), _watched(model, seen):
         logits = _run(model, tokens, mask)
-    blocks = [seen[layer].numpy() for layer in range(len(_layers(model)))]
-    return {
-        "logits": logits.numpy(),
-        "embed": seen["embed"].numpy(),
-        "resid_post": np.stack(blocks),
-    }
+    blocks = torch.stack([seen[layer] for layer in range(len(_layers(model)))])
+    found = {"logits": logits, "embed": seen["embed"], "resid_post": blocks}
+    narrow = model.dtype == torch.bfloat16  # which numpy does not have
+    return {name: (x.float() if narrow else x).numpy() for name, x in found.items()}
 
 
 def gradient(

@@ -27,7 +27,7 @@ from tests.families.cases import CASES, TINY
 CHOSEN = (
     "gpt2", "gpt_neo", "gpt_neox", "gpt_neox-sequential", "gptj", "opt", "opt-350m", "bloom",
     "bloom-normed-residual", "falcon-7b", "falcon-40b", "falcon-rw-long", "llama", "llama-linear",
-    "llama-dynamic", "llama-llama3", "llama-yarn", "llama-longrope", "mistral", "mixtral",
+    "llama-dynamic", "llama-llama3", "llama-yarn-exact", "llama-longrope", "mistral", "mixtral",
     "gemma", "gemma2", "gemma3", "phi", "phi-qk-norm", "phi3-long", "qwen2-window", "qwen3",
     "qwen2_moe", "qwen2_moe-dense-last", "qwen3_moe", "stablelm-12b", "olmo-clipped", "olmo2",
     "starcoder2", "cohere-qk-norm", "gpt_oss-limit", "smollm3", "granite",
@@ -63,7 +63,7 @@ def numbers(config: ModelConfig, name: str) -> list:
         return [1.0 - value] if applies else []
     unused = {
         "norm_bias": config.norm != "layernorm",
-        "qk_norm_bias": config.qk_norm is None or config.norm != "layernorm",
+        "qk_norm_bias": config.qk_norm is None or not config.norm_bias,
         "rope_interleaved": config.positions != "rope",
     }
     if unused.get(name):
@@ -71,7 +71,7 @@ def numbers(config: ModelConfig, name: str) -> list:
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, float):
-        return [1.2 * value]
+        return [10 * value if name == "norm_eps" else 1.2 * value]
     if isinstance(value, tuple):
         turned = (*value[1:], value[0])
         return [turned] if turned != value else []
@@ -88,7 +88,9 @@ def names(config: ModelConfig, name: str) -> list:
         "activation": {"gelu": "gelu_tanh", "gelu_tanh": "gelu", "gelu_bloom": "gelu"},
         "positions": {"alibi": None},
     }  # fmt: skip
-    default = "relu" if name == "activation" else None
+    default = None
+    if name == "activation":
+        default = "silu" if config.activation == "relu" else "relu"
     other = others.get(name, {}).get(getattr(config, name), default)
     return [] if other is None and name != "positions" else [other]
 
