@@ -63,7 +63,7 @@ def numbers(config: ModelConfig, name: str) -> list:
         return [1.0 - value] if applies else []
     unused = {
         "norm_bias": config.norm != "layernorm",
-        "qk_norm_bias": config.qk_norm is None or not config.norm_bias,
+        "qk_norm_bias": not (config.qk_norm and config.norm_bias and config.norm == "layernorm"),
         "rope_interleaved": config.positions != "rope",
     }
     if unused.get(name):
@@ -110,7 +110,7 @@ def scalings(config: ModelConfig, name: str) -> list:
         elif field == "original_max_positions" and scaling.kind == "longrope":
             value = 100
         else:
-            value = type(value)(1.5 * value)
+            value = type(value)((0.25 if field.startswith("beta") else 1.5) * value)
         changed.append(dataclasses.replace(scaling, **{field: value}))
     return [*changed, None]
 
