@@ -1,6 +1,7 @@
 """The description of a decoder: everything that decides what its forward computes."""
 
 from dataclasses import dataclass, fields
+from itertools import groupby
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -356,16 +357,9 @@ class ModelConfig:
     @property
     def segments(self) -> tuple[tuple[bool, int], ...]:
         """Consecutive layers of the same parameters: whether they have experts, and how many."""
-        kinds = self.moe_layers
-        if kinds is None:
-            kinds = (self.n_experts > 0,) * self.n_layers
-        found: list[tuple[bool, int]] = []
-        for kind in kinds:
-            if found and found[-1][0] == kind:
-                found[-1] = (kind, found[-1][1] + 1)
-            else:
-                found.append((kind, 1))
-        return tuple(found) or ((self.n_experts > 0, 0),)
+        if not self.moe_layers:
+            return ((self.n_experts > 0, self.n_layers),)
+        return tuple((moe, len(list(layers))) for moe, layers in groupby(self.moe_layers))
 
     def has_mlp(self, moe: bool) -> bool:
         """Whether a layer with or without experts has an MLP."""

@@ -2,11 +2,14 @@
 
 import json
 import re
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from arrakis_jax.checkpoint import from_pretrained
 from arrakis_jax.cli import app
 from arrakis_jax.demo import FOLDER
 from tests.demo.test_demo import SENTENCE
@@ -85,6 +88,9 @@ def test_target_and_against(tmp_path):
         (["analyze", "--model", "no/such/model"], "`path_or_repo_id` must be a folder"),
         (["analyze", "--json", "/no/such/folder/out.json"], "`--json` must be a file in an"),
         (["info", "no/such/model"], "`path_or_repo_id` must be a folder, or a hub id"),
+        (["convert", "no/such/model", "no/such/out"], "`path_or_repo_id` must be a folder, or a"),
+        (["convert", str(FOLDER), str(FOLDER)], "`out` must be a new or empty folder, got"),
+        (["convert", str(FOLDER), "no/such/out", "--dtype", "int8"], "`dtype` must be 'float32'"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_line_and_exit_code_2(arguments, message):
@@ -92,6 +98,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, message):
     assert result.exit_code == 2
     assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
     assert "Traceback" not in result.output
+    assert not Path("no/such/out").exists()
 
 
 def test_unknown_options_and_commands_are_usage_errors():
@@ -104,3 +111,20 @@ def test_info():
     assert result.exit_code == 0
     for word in ("parameters", "n_layers", "d_model", "rmsnorm", "rope"):
         assert word in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"), [([], "float32"), (["--dtype", "bfloat16"], "bfloat16")]
+)
+def test_convert(tmp_path, demo, options, dtype):
+    result = call("convert", str(FOLDER), str(tmp_path / "out"), *options)
+    assert result.exit_code == 0, result.output
+    model = from_pretrained(tmp_path / "out")
+    assert model.config.dtype == dtype
+    np.testing.assert_array_equal(model.w_e[...], demo[0].w_e[...].astype(dtype))
+    leaves = jax.tree.leaves(model)
+    for number in (sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves)):
+        assert f"{number:,}" in result.output
+    assert dtype in result.output and "out" in result.output
+    again = call("convert", str(FOLDER), str(tmp_path / "out"))
+    assert again.exit_code == 2 and "`out` must be a new or empty folder, got" in again.stderr

@@ -55,10 +55,9 @@ def _tensor(x: str, blocks: Tensor, scales: Tensor) -> Tensor:
 @cache
 def _table() -> np.ndarray:
     """Both numbers of every byte under every scale: uint32 `[256,256]`."""
-    values = np.array([*FP4, *(-v for v in FP4)], np.float32)
+    values = np.array([*FP4, *(-v for v in FP4)])
     low_high = np.stack([np.tile(values, 16), np.repeat(values, 16)], -1)
-    scale = np.ldexp(np.float32(1), np.arange(256) - BIAS)
-    scale[NAN] = np.nan
-    with np.errstate(over="ignore"):  # 2 and more times the largest scale
+    with np.errstate(over="ignore"):  # of 2 and more times the largest scale
+        scale = np.where(np.arange(256) == NAN, np.nan, np.ldexp(1.0, np.arange(256) - BIAS))
         pairs = (scale[:, None, None] * low_high).astype(STORED["BF16"])
     return pairs.view(np.uint32)[..., 0]

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -51,6 +52,7 @@ SHARDED = {
 }
 
 
+@lru_cache(maxsize=8)
 def parameters(config: ModelConfig) -> tuple[dict[str, jax.ShapeDtypeStruct], Any]:
     """The shape of every parameter by its name, in the order of the tree, and the tree."""
     abstract = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))

@@ -9,7 +9,7 @@ import pytest
 
 from arrakis_jax import feature_attribution, run
 from arrakis_jax.attribution.features import DOUBLINGS, METHODS, TOLERANCE
-from tests.models import VARIANTS, batch, close, compilations, model
+from tests.models import batch, close, compilations, model
 
 LINEAR = dict(
     norm=None, norm_eps=None, activation="identity", gated=False, d_mlp=28, positions=None,

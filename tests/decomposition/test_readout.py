@@ -22,15 +22,21 @@ def last(values, mask):
     return np.stack([v[np.flatnonzero(m)[-1]] for v, m in zip(values, mask, strict=True)])
 
 
-@pytest.mark.parametrize("by", ["component", "head"])
+@pytest.mark.parametrize("by", ["component", "head", "neuron", "expert"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_terms_sum_to_the_models_own_logit(variant, by):
     m = model(variant)
     tokens, mask, _ = batch()
-    logits = run(m, tokens, mask=mask).logits
-    found = logit_attribution(m, tokens, TARGETS, by=by, mask=mask)
+    if by == "expert" and not m.config.n_experts:
+        with pytest.raises(ValueError, match="`by` must be one of .* got 'expert'"):
+            logit_attribution(m, tokens, TARGETS, by=by, mask=mask)
+        return
+    out = run(m, tokens, mask=mask, capture=("logits", *capture_for(by)))
+    found = logit_attribution(m, out, TARGETS, by=by)
     assert found.gap.max() < 1e-5
-    row = last(np.asarray(logits), mask)
+    row = last(np.asarray(out.logits, np.float64), mask)
+    if (cap := m.config.logit_softcap) is not None:
+        row = cap * np.arctanh(row / cap)
     scale = np.abs(row).max()
     np.testing.assert_allclose(found.logit, row[range(5), TARGETS], atol=1e-5 * scale)
     np.testing.assert_allclose(found.terms.sum(0) + found.constant, found.logit, atol=1e-5 * scale)

@@ -12,9 +12,6 @@ from arrakis_jax.forward import run
 from tests.families import reference
 from tests.families.cases import CASES, OLD
 
-# In float64: Hugging Face's BLOOM writes sqrt(2 / pi) with eight digits.
-EXACT = {"bloom": 1e-8}
-
 
 def close(ours, theirs: np.ndarray, mask: np.ndarray, tolerance: float, what: str) -> None:
     """Asserts max|ours - theirs| <= tolerance * max|theirs| at real tokens, in every layer."""
@@ -49,32 +46,24 @@ def test_float32(case, tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_float64(case, tmp_path):
-    exact = EXACT.get(CASES[case][0], 1e-9)
     with jax.enable_x64(True), reference.true_float64():
         torch_model = reference.torch_model(case, torch.float64)
         reference.save(torch_model, tmp_path)
         model = from_pretrained(tmp_path)
         assert model.config.dtype == "float64"
-        compare(model, torch_model, case, exact)
+        compare(model, torch_model, case, 1e-9)
 
 
 @pytest.mark.parametrize("case", OLD)
 def test_old_config_and_bfloat16_in_two_files(case, tmp_path):
-    """In float32 as ever; in bfloat16 at most as far from float32 as Hugging Face's own forward."""
+    """Against float32 with the rounded weights: as ever, and in bfloat16 within 1e-2."""
     torch_model = reference.rounded(reference.torch_model(case), torch.bfloat16)
     reference.save(torch_model, tmp_path, dtype=torch.bfloat16, shards=True, old_json=True)
     assert len(list(tmp_path.glob("*.safetensors"))) >= 2
     compare(from_pretrained(tmp_path, dtype="float32"), torch_model, case, 2e-5)
     model = from_pretrained(tmp_path)
     assert model.config.dtype == "bfloat16"
-    tokens, mask = reference.batch(case)
-    exact = reference.forward(torch_model, tokens, mask)
-    theirs = reference.forward(torch_model.to(torch.bfloat16), tokens, mask)
-    out = run(model, tokens, mask=mask)
-    for name, ours in {"logits": out.logits, "resid_post": out.residuals.resid_post}.items():
-        errors = (np.asarray(x) - exact[name] for x in (ours, theirs[name]))
-        error, allowed = (np.linalg.norm(e[..., mask, :]) for e in errors)
-        assert error <= allowed, name
+    compare(model, torch_model, case, 1e-2)
 
 
 @pytest.mark.parametrize("case", [case for case in OLD if CASES[case][0] != "falcon"])

@@ -4,6 +4,7 @@ What the table says of a family is measured here: on tiny models of Hugging Face
 parameters random, saved, loaded and run, in every variant of `cases.py`.
 """
 
+from tests import conftest  # noqa: F401, I001  first: it has XLA compile quickly, as for the tests
 import datetime
 import importlib.metadata
 from pathlib import Path
