@@ -310,6 +310,8 @@ class ModelConfig:
         for name in ("moe_layers", "router_bias", "renormalise"):
             demand(not getattr(self, name) or self.n_experts > 0, name,
                    "unset without n_experts", "drop it")  # fmt: skip
+        demand(not self.norms_stream or self.d_mlp > 0 or self.n_experts > 0, "norm_placement",
+               "another one in a model without MLPs", "no other is supported")  # fmt: skip
         demand(not self.stream_dtype or not self.norm_placement.startswith("stream"),
                "stream_dtype", f"None with norm_placement={self.norm_placement!r}",
                "its rounding would be no term of a decomposition")  # fmt: skip
@@ -323,9 +325,10 @@ class ModelConfig:
             if isinstance(value, list):
                 value = tuple(value)
             elif isinstance(value, dict):
-                value = RopeScaling(
-                    **{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-                )
+                about: dict[str, Any] = {
+                    k: tuple(v) if isinstance(v, list) else v for k, v in value.items()
+                }
+                value = RopeScaling(**about)
             object.__setattr__(self, field.name, value)
 
     @property

@@ -1,6 +1,7 @@
 """The terms that a stream is the sum of, as factors: what direct.py and readout.py stand on."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -335,8 +336,8 @@ class Carry:
 
     def __init__(self, model: Transformer, stream: ResidualStream, n_norms: int):
         """The first n norms of the model."""
-        parts = [block for block, _ in model.parts()]
-        pairs = [[block.norm_attn for block in parts], [block.norm_mlp for block in parts]]
+        blocks = [block for block, _ in model.parts()]
+        pairs: list[list[Any]] = [[b.norm_attn for b in blocks], [b.norm_mlp for b in blocks]]
 
         def alternating(stacks: list[Array]) -> Array:
             stacked = jnp.stack(stacks, 1)

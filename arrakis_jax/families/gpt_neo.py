@@ -53,10 +53,11 @@ def _kinds(hf: dict[str, Any]) -> list[str]:
     layers = hf["attention_layers"]
     if layers is None:
         runs = hf["attention_types"] or [[["global", "local"], 12]]
+        layers: Any = runs
         try:
             layers = [kind for kinds, times in runs for _ in range(times) for kind in kinds]
         except (TypeError, ValueError):
-            layers = runs
+            pass
     if len(layers) != hf["num_layers"] or not all(kind in KINDS for kind in layers):
         name = "attention_types" if hf["attention_layers"] is None else "attention_layers"
         must = f"'global' or 'local' for each of {hf['num_layers']} layers"

@@ -12,7 +12,7 @@ from arrakis_jax.config import ModelConfig
 from arrakis_jax.nn.linear import affine, constant, product, weight, writers
 from arrakis_jax.nn.mlp import MLP, activated
 from arrakis_jax.nn.site import Sites
-from arrakis_jax.residuals import Routing
+from arrakis_jax.residuals import ABSENT, Routing
 
 
 class MoE(nnx.Module):
@@ -71,7 +71,7 @@ class MoE(nnx.Module):
             weight_BTk = jax.nn.softmax(top_BTk, -1)
         else:
             weight_BTk = jnp.exp(top_BTk - jax.nn.logsumexp(router_BTE, -1, keepdims=True))
-        shared_BT = None
+        shared_BT = ABSENT
         if self.w_shared_gate is not None:
             gate_BT = product("BTD,D->BT", x_BTD, self.w_shared_gate[...], config=cfg)
             shared_BT = site("shared_gate", jax.nn.sigmoid(gate_BT))

@@ -284,7 +284,7 @@ class Transformer(nnx.Module):
 
     def parts(self) -> list[tuple[Block, range]]:
         """The stacked blocks of each segment, and which layers they are."""
-        blocks = [self.blocks] if self.segments is None else list(self.segments)
+        blocks: list[Any] = [self.blocks] if self.segments is None else list(self.segments)
         ends = np.cumsum([n for _, n in self.config.segments]).tolist()
         starts = [0, *ends[:-1]]
         return [(b, range(*ends)) for b, *ends in zip(blocks, starts, ends, strict=True)]
@@ -350,10 +350,9 @@ class Transformer(nnx.Module):
             else:
                 rows = [layer - layers.start for layer in wanted if layer in layers]
                 x_BTD, record = self._scan_some(body, x_BTD, xs, rows, len(layers))
-            parts = {name: record.pop(site, None) for name, site in ROUTING_SITES.items()}
-            if parts["index"] is not None:
-                record["routing"] = Routing(**parts)
-            records.append(record)
+            about = {name: record.pop(site, ABSENT) for name, site in ROUTING_SITES.items()}
+            routed = {"routing": Routing(**about)} if about["index"] is not None else {}
+            records.append({**record, **routed})
         return x_BTD, _joined(records), wanted
 
     def _scan_some(
