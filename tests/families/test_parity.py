@@ -1,5 +1,7 @@
 """Every family against Hugging Face's own forward, through a checkpoint on disk."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -37,7 +39,12 @@ def compare(model, torch_model, case: str, tolerance: float, gradient: float | N
         close(found, theirs, mask, gradient, "gradient")
 
 
-@pytest.mark.parametrize("case", CASES)
+# XLA's normal optimisations take long over programs that run once: one variant of each family.
+FIRST = {family: case for case, (family, _) in reversed(CASES.items())}.values()
+HERE = FIRST if "ARRAKIS_OPTIMISED" in os.environ else CASES
+
+
+@pytest.mark.parametrize("case", HERE)
 def test_float32(case, tmp_path):
     torch_model = reference.torch_model(case)
     reference.save(torch_model, tmp_path)
