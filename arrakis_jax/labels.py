@@ -74,6 +74,13 @@ class Labels(Sequence):
     segments: tuple[Segment, ...]
     dropped: int = 0
 
+    def __repr__(self) -> str:
+        parts = list(self.first)
+        for layers, kinds in self.segments:
+            named = (k.name if k.indices is None else f"{k.count} {k.name}" for k in kinds)
+            parts.append(f"in layers {_ranges(layers)}: {' + '.join(named)}")
+        return f"Labels({len(self)} terms: {', '.join(parts)})"
+
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers listed."""
@@ -125,3 +132,14 @@ class Labels(Sequence):
         if kind not in self.first:
             self.check(kind)
         return [i for i, label in enumerate(self) if label.kind == kind]
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """Ascending numbers as text, such as "0-3, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -306,6 +306,10 @@ def test_neurons_and_experts_are_what_their_labels_say():
             close(term, value[..., None] * np.asarray(moe.w_out[...][1, expert, unit]), 1e-5)
         first = labels.index(Label(2, "neuron", expert * f))
         close(by_expert[Label(2, "expert", expert)], terms[first : first + f].sum(0), 1e-5)
+    assert repr(experts.labels) == (
+        "Labels(17 terms: embed, in layers 0: attn + mlp, "
+        "in layers 1-2: attn + 5 expert + shared_expert)"
+    )
     shared = np.asarray(r.shared_act[1][1] * routing.shared[1][..., None])
     last = terms[labels.index(Label(2, "neuron", e * f + u - 1))]
     close(last, shared[..., -1:] * np.asarray(moe.shared.w_out[...][1, -1]), 1e-5)
