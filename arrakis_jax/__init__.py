@@ -23,7 +23,7 @@ from arrakis_jax.movement.layers import (
 )
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.residual_tools import ResidualTools
-from arrakis_jax.residuals import Capture, ModelOutput, ResidualStream
+from arrakis_jax.residuals import Capture, ModelOutput, ResidualStream, Routing
 from arrakis_jax.tokens import encode, token_id, tokenizer_for
 
 __version__ = version("arrakis-jax")
@@ -50,6 +50,7 @@ __all__ = [
     "ResidualStream",
     "ResidualTools",
     "RopeScaling",
+    "Routing",
     "Scale",
     "Set",
     "Transformer",

@@ -25,7 +25,7 @@ from arrakis_jax.errors import expected
 from arrakis_jax.forward import run
 from arrakis_jax.movement.layers import movement
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.tokens import continuation, encode, token_id, tokenizer_for
+from arrakis_jax.tokens import continuation, copy_tokenizer, encode, token_id, tokenizer_for
 
 # What is analysed by default: the sentence, and the name that must not follow.
 SENTENCE, OTHER = "When Mary and John went to the store, John gave a drink to", " John"
@@ -113,13 +113,15 @@ def convert(
         str | None, typer.Option(help="float32 or bfloat16; by default as stored")
     ] = None,
 ) -> None:
-    """Writes a checkpoint in this package's own form: weights and config, and no tokenizer."""
+    """Writes a checkpoint in this package's own form, with its tokenizer's files."""
     with _one_line_errors():
         new_folder(out, name="out")
         network = from_pretrained(model, dtype=dtype)
         save(network, out)
+        copied = copy_tokenizer(model, out)
     table = _sizes(network, str(out))
     table.add_row("dtype", network.config.dtype)
+    table.add_row("tokenizer", ", ".join(copied) or "none found; put its files there")
     Console().print(table)
 
 

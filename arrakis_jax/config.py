@@ -119,7 +119,8 @@ class ModelConfig:
         attention_softcap: c; scores become `c tanh(scores / c)`.
         sinks: a learned score for each head that takes part in the softmax and reads nothing, so
             that a row of the pattern sums to less than one.
-        clip_qkv: queries, keys and values are clipped to [-clip_qkv, clip_qkv].
+        clip_qkv: queries, keys and values are clipped to [-clip_qkv, clip_qkv], after the norms of
+            `qk_norm` and before RoPE.
         qk_norm: a norm on queries and keys before RoPE: of each head with one gain ("head"), of
             each head with its own gain ("each_head"), over all heads at once ("all_heads").
         qk_norm_bias: whether that norm has a bias.
@@ -283,6 +284,11 @@ class ModelConfig:
         demand(not self.position_offset or self.positions == "learned", "position_offset",
                "0 without positions='learned'", "drop it")  # fmt: skip
         scaling = self.rope_scaling
+        if scaling is not None and not problems:
+            demand(scaling.kind != "dynamic" or self.d_rotary > 2, "rotary_dim",
+                   "more than 2 with dynamic scaling", "choose another scaling")  # fmt: skip
+            demand(scaling.kind != "yarn" or (self.rope_theta or 0) > 1, "rope_theta",
+                   "more than 1 with yarn scaling", "correct it")  # fmt: skip
         if scaling is not None and scaling.kind == "longrope":
             lengths = {len(f or ()) for f in (scaling.short_factor, scaling.long_factor)}
             pairs = self.d_rotary // 2

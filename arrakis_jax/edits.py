@@ -17,7 +17,7 @@ from arrakis_jax.axes import Array, Int
 from arrakis_jax.checks import host
 from arrakis_jax.config import ModelConfig
 from arrakis_jax.errors import expected
-from arrakis_jax.residuals import FIELDS, SCALES, UNSTACKED, lacking
+from arrakis_jax.residuals import FIELDS, SCALES, SEGMENTED, UNSTACKED, lacking
 
 EDIT_SITES = (*(name for name in FIELDS if name != "routing"), "resid_post")
 HEAD_SITES = ("q", "k", "v", "z", "pattern")
@@ -49,7 +49,9 @@ class Edit:
             have heads.
         value: what the change needs; it broadcasts to what is selected: the site's value
             without the head axis if `head` is given and without the position axis if `position`
-            is given (or to the site's whole value).
+            is given (or to the site's whole value). In a model of several segments, at sites whose
+            values differ between them (mlp_act, shared_act, router): a tuple, one for each segment,
+            None where nothing is changed.
         layer: the layer to change, or None for every layer; an int in [-L, L) or a traced scalar.
         head: the head to change (key/value head at "k" and "v"), or None for every head.
         position: the position to change, counted in real tokens (-1 is each row's last), an int
@@ -77,6 +79,16 @@ class Edit:
             position = position_BT == wanted_B[:, None]
         return replace(self, layer=layer, position=position)
 
+    def of_segment(self, i: int, layers: range, n_layers: int) -> "Edit | None":
+        """The edit in one of several segments of layers; None if it has no value there.
+
+        At sites whose values differ between segments, a value may be a tuple, one for each.
+        """
+        if self.site not in SEGMENTED or not isinstance(self.value, tuple):
+            return self
+        value = self.value[i]
+        return None if value is None else replace(self, value=value)
+
     def __call__(self, site: str, layer: Int[Array, ""] | None, value: Array) -> Array:
         """The value with the change made where this edit selects it."""
         if site != self.site:
@@ -98,6 +110,8 @@ class Edit:
         except (ValueError, TypeError) as error:
             must = f"broadcastable to site {site!r} of shape {value.shape}"
             do = "leave out the axes that `head` and `position` select"
+            if site in SEGMENTED:
+                do += ", and where layers differ give a tuple, a value (or None) for each segment"
             got = f"shape {jnp.shape(self.value)}"
             raise ValueError(expected("value", must, got, do)) from error
         return jnp.where(select, changed, value)
@@ -176,12 +190,25 @@ class Replace(Edit):
     """
 
     def bind(self, config, position_BT, count_B):  # noqa: D102
+        if isinstance(self.value, tuple) and self.site in SEGMENTED:
+            return super().bind(config, position_BT, count_B)
         shape, n = jnp.shape(self.value), config.n_layers
         stacked = self.site not in UNSTACKED and len(shape) == _rank(self.site, config) + 1
         if stacked and shape[0] != n:
             must, do = f"of all {n} layers, or of one", "give value[i] with layer=..."
             raise ValueError(expected("value", must, f"shape {shape}", do))
         return super().bind(config, position_BT, count_B)
+
+    def of_segment(self, i, layers, n_layers):  # noqa: D102
+        own = super().of_segment(i, layers, n_layers)
+        if own is None or own is self or jnp.ndim(own.value) < 1:
+            return own
+        value = jnp.asarray(own.value)
+        if value.shape[0] != len(layers):
+            return own
+        # Its layers at their place among all, where `change` looks for them.
+        around = (layers.start, n_layers - layers.stop)
+        return replace(own, value=jnp.pad(value, [around] + [(0, 0)] * (value.ndim - 1)))
 
     def change(self, value, layer, removed):  # noqa: D102
         other = jnp.asarray(self.value)
@@ -212,6 +239,12 @@ def check_edits(edits: tuple, config: ModelConfig, n_rows: int, longest: int) ->
         if edit.head is not None and edit.site not in HEAD_SITES:
             do = "use site 'z' for a head's output"
             raise ValueError(expected("head", f"None at site {edit.site!r}", edit.head, do))
+        if isinstance(edit.value, tuple) and edit.site in SEGMENTED:
+            n = len(config.segments)
+            if len(edit.value) != n:
+                must, got = f"an array, or a tuple of {n}, one for each segment", len(edit.value)
+                do = "config.segments lists the segments"
+                raise ValueError(expected("value", must, f"{got} values", do))
         n_heads = config.n_kv_heads if edit.site in ("k", "v") else config.n_heads
         _check_index("layer", edit.layer, -config.n_layers, config.n_layers)
         _check_index("head", edit.head, 0, n_heads)

@@ -1,6 +1,8 @@
 """Tokenizers: the checkpoint's own, prompts to padded batches, a text to its one token."""
 
 import os
+import re
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,9 @@ from arrakis_jax.errors import CheckpointError, expected
 
 ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
+TOKENIZERS_OWN = re.compile(
+    r"(tokenizer.*|special_tokens_map|added_tokens|vocab|merges|spiece.*)\.(json|txt|model)"
+)
 
 
 def tokenizer_for(path_or_repo_id: str | Path, *, revision: str | None = None) -> Any:
@@ -48,6 +53,13 @@ def tokenizer_for(path_or_repo_id: str | Path, *, revision: str | None = None) -
         reason = f"check its files ({error})"
     must = "a folder or a hub id with a tokenizer"
     raise CheckpointError(expected("path_or_repo_id", must, repr(str(path_or_repo_id)), reason))
+
+
+def copy_tokenizer(path_or_repo_id: str | Path, folder: Path) -> list[str]:
+    """Copies the tokenizer's files of a checkpoint into a folder; returns their names."""
+    source = local_folder(path_or_repo_id, files=TOKENIZER_FILES)
+    found = sorted(file for file in source.iterdir() if TOKENIZERS_OWN.fullmatch(file.name))
+    return [shutil.copyfile(file, folder / file.name).name for file in found]
 
 
 def encode(

@@ -53,3 +53,13 @@ def test_examples_of_docstrings(module):
     names = vars(arrakis_jax) | {"jax": jax, "jnp": jnp, "nnx": nnx}
     failed, _ = doctest.testmod(importlib.import_module(module), extraglobs=names)
     assert failed == 0
+
+
+def test_it_lists_every_family():
+    from arrakis_jax.families import families
+
+    names = {family.name for family in families().values()}
+    text = README.read_text()
+    listed = text.split("### Families")[1].split("[VERIFIED.md]")[0]
+    assert set(re.findall(r"\b[a-z][a-z0-9_]*\b", listed)) >= names
+    assert f"checkpoints of {len(names)} decoder families" in text

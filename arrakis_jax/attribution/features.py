@@ -82,8 +82,10 @@ def feature_attribution(
         mask: `[B,T]`.
         steps: Gauss-Legendre nodes of integrated gradients. None doubles them from 32 to 512,
             row by row, until the row's gap is at most 1e-3, and warns naming the rows where that
-            is not enough (nothing is warned inside a caller's jit: look at `gap`). Reverse-mode
-            differentiation of the result needs an int.
+            is not enough (nothing is warned inside a caller's jit: look at `gap`). In models with
+            experts it may never be: where a token changes its experts on the way the logit jumps,
+            which no gradient sees, and `delta` holds the jumps. Reverse-mode differentiation of
+            the result needs an int.
         baseline: `[D]`, `[T,D]` or `[B,T,D]` token embeddings; None for the mean embedding. Zero
             is a bad baseline in models with RMSNorm and no learned positions: the norm makes the
             path near it all but singular.
@@ -131,8 +133,13 @@ def feature_attribution(
         rows = np.flatnonzero(gap > TOLERANCE)
         warnings.warn(
             f"integrated gradients with {DOUBLINGS[-1]} steps leave a gap above {TOLERANCE} in "
-            f"rows {rows[:10].tolist()} (largest {gap.max():.2g}); pass more `steps`, or another "
-            "`baseline`",
+            f"rows {rows[:10].tolist()} (largest {gap.max():.2g}); "
+            + (
+                "where tokens change their experts on the way the logit jumps, so choose another "
+                "`baseline`: more steps do not help"
+                if model.config.n_experts
+                else "pass more `steps`, or another `baseline`"
+            ),
             stacklevel=2,
         )
     return result

@@ -141,7 +141,11 @@ def _sharded(index: Path, open_file: Callable[[Path], dict[str, Tensor]]) -> dic
         do = "download it again"
         raise CheckpointError(expected("weight_map", "a table", repr(weight_map), do))
     problems, opened = [], {}
-    for file in sorted(set(map(str, weight_map.values()))):
+    strange = [name for name, file in weight_map.items() if not isinstance(file, str)]
+    if strange:
+        got, do = repr(weight_map[strange[0]]), f"correct {index.name}"
+        raise CheckpointError(expected(f"weight_map[{strange[0]!r}]", "a file's name", got, do))
+    for file in sorted(set(weight_map.values())):
         if not _inside(file):
             do = f"correct {index.name}"
             problems.append(expected("weight_map", "of files inside the folder", repr(file), do))
@@ -209,9 +213,14 @@ def _torch(file: Path) -> dict[str, Tensor]:
         got = f"{file.stat().st_size} bytes that are not"
         raise CheckpointError(expected(file.name, must, got, do)) from None
     values = state.items() if isinstance(state, dict) else [(file.name, state)]
-    wrong = [(k, v) for k, v in values if not isinstance(v, torch.Tensor) or v.is_sparse]
+    wrong = [
+        (k, v)
+        for k, v in values
+        if not (isinstance(k, str) and isinstance(v, torch.Tensor)) or v.is_sparse or v.is_meta
+    ]
     if wrong:
-        problems = (expected(str(k), "a tensor", type(v).__name__, "remove it") for k, v in wrong)
+        must = "a tensor with numbers, under a name"
+        problems = (expected(str(k), must, type(v).__name__, "remove it") for k, v in wrong)
         raise CheckpointError("\n".join(problems))
 
     def read(tensor: torch.Tensor) -> np.ndarray:

@@ -24,6 +24,8 @@ def unpacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         blocks, scales = tensors[name], tensors.get(f"{x}_scales")
         if x == name or scales is None or (blocks.stored, scales.stored) != ("U8", "U8"):
             continue
+        if x in tensors:
+            continue  # two spellings of one tensor: the packed one is left over
         if blocks.shape != (*scales.shape, WIDTH // 2) or len(scales.shape) != 3:
             continue  # and is left over, under its own name
         del whole[name], whole[scales.name]

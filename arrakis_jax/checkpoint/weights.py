@@ -17,6 +17,7 @@ from arrakis_jax.families.base import Family, Rule, letters
 from arrakis_jax.nn.transformer import Transformer
 
 ALIGNMENT = 64  # bytes; JAX copies a host array that is not aligned to it
+LISTED = 100  # problems told at once
 CHUNK = 1 << 24  # numbers compared at once
 
 
@@ -96,7 +97,10 @@ def sources(
         do = "the model has no place for it"
         problems.append(expected(tensors[name].name, must, f"a tensor of {got}", do))
     if problems:
-        raise CheckpointError("\n".join(sorted(problems, key=_natural)))
+        listed = sorted(problems, key=_natural)
+        more = len(listed) - LISTED
+        listed = [*listed[:LISTED], *([f"and {more} more like these"] if more > 0 else [])]
+        raise CheckpointError("\n".join(listed))
     return {
         param: Source(rule, generic, _table(tensors, names))
         for param, (rule, generic, names) in found.items()

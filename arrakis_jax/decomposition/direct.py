@@ -159,7 +159,8 @@ def decompose(
     value bias. What attention or MLP writes through a norm, or what the stream itself is put
     through, has that norm's scale frozen as it was: a linear map of every term (and the norm's
     bias, a term). What an edit of the stream itself (resid_pre, resid_mid, resid_post, final)
-    adds is no term: the sum then lacks it.
+    adds is no term: the sum then lacks it; so with an edit of attn_out or mlp_out, where finer
+    terms than these are asked for.
 
     Args:
         model: the transformer.

@@ -77,6 +77,11 @@ DTYPES = {
 }
 
 
+LAYERS = {"num_hidden_layers", "n_layer", "num_layers"}
+MAX_LAYERS = 10_000
+HUGE = 1e30  # beyond any number that a config can mean
+
+
 @dataclass(frozen=True)
 class Rule:
     """How a tensor on disk becomes one parameter, or several.
@@ -266,10 +271,17 @@ class Family:
             must = f"one of {tuple(DTYPES)}"
             problems.append(expected("dtype", must, repr(stored), "convert the weights"))
         values |= {name: table[values[name]] for name, table in self.choices.items()}
+        for name in LAYERS & values.keys():
+            if values[name] > MAX_LAYERS:  # before anything is made for each of them
+                must = f"at most {MAX_LAYERS}"
+                raise ValueError(expected(name, must, values[name], "correct it"))
         try:
             config = ModelConfig(**self.build(values), dtype=dtype or "float32")
         except ValueError as error:
             problems.append(str(error))
+        except (ArithmeticError, TypeError) as error:
+            must, do = "of numbers that fit together", "look for one that is 0, or far too large"
+            problems.append(expected(f"config of {self.name}", must, f"'{error}'", do))
         if problems:
             raise ValueError("\n".join(problems))
         return config
@@ -283,7 +295,9 @@ class Family:
         kind = self.types[name] if default is None else type(default)
         if value is None and (default is None or name in self.nullable):
             return None
-        if kind is float and type(value) is int or type(value) is kind:
+        if kind is float and type(value) in (int, float):
+            return None if abs(value) < HUGE else "finite"
+        if type(value) is kind:
             return None
         return f"of type {kind.__name__}" + (" or null" if default is None else "")
 

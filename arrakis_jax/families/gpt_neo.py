@@ -55,7 +55,8 @@ def _kinds(hf: dict[str, Any]) -> list[str]:
         runs = hf["attention_types"] or [[["global", "local"], 12]]
         layers: Any = runs
         try:
-            layers = [kind for kinds, times in runs for _ in range(times) for kind in kinds]
+            if sum(times * len(kinds) for kinds, times in runs) == hf["num_layers"]:
+                layers = [kind for kinds, times in runs for _ in range(times) for kind in kinds]
         except (TypeError, ValueError):
             pass
     if len(layers) != hf["num_layers"] or not all(kind in KINDS for kind in layers):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from arrakis_jax.errors import expected
 from arrakis_jax.families import decoder
 from arrakis_jax.families.base import rule
 
@@ -23,9 +24,15 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
 def moe(hf: dict[str, Any]) -> dict[str, Any]:
     """What decides over MLPs and experts: every `decoder_sparse_step`-th layer has experts."""
     step, dense = decoder.positive(hf, "decoder_sparse_step"), hf["mlp_only_layers"] or ()
+    n_layers = hf["num_hidden_layers"]
+    if not all(type(layer) is int and 0 <= layer < n_layers for layer in dense):
+        must = f"of layers in [0, {n_layers})"
+        raise ValueError(expected("mlp_only_layers", must, dense, "correct it"))
+    if hf["num_experts"] < 0:
+        raise ValueError(expected("num_experts", ">= 0", hf["num_experts"], "correct it"))
     layers = tuple(
         hf["num_experts"] > 0 and layer not in dense and (layer + 1) % step == 0
-        for layer in range(hf["num_hidden_layers"])
+        for layer in range(n_layers)
     )
     widths = {"d_mlp": 0 if all(layers) else hf["intermediate_size"]}
     if not any(layers):

@@ -11,6 +11,7 @@ from typing import Any
 
 from arrakis_jax.config import ROPE_SCALINGS, RopeScaling
 from arrakis_jax.errors import expected
+from arrakis_jax.families.base import HUGE
 
 # The fields, as part of a family's defaults; Hugging Face's own default of theta is 10000.
 ORIGINAL = "original_max_position_embeddings"
@@ -106,7 +107,7 @@ def _must(name: str, value: Any, n_pairs: int) -> str | None:
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < HUGE
 
 
 def _scaling(kind: str, given: dict[str, Any], longest: int) -> RopeScaling:

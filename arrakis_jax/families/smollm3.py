@@ -13,8 +13,8 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
     # Despite its name, `no_rope_layers` is 1 where a layer has RoPE.
     if given is None:
         given = [(layer + 1) % interval != 0 for layer in range(n_layers)]
-    if len(given) < n_layers:
-        must = f"a number for each of {n_layers} layers"
+    if len(given) < n_layers or not all(use in (0, 1) for use in given):
+        must = f"0 or 1 for each of {n_layers} layers"
         raise ValueError(expected("no_rope_layers", must, given, "check both"))
     turned = tuple(map(bool, given[:n_layers]))
     slides = hf["use_sliding_window"] and hf["sliding_window"] is not None

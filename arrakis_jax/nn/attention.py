@@ -39,11 +39,11 @@ class Attention(nnx.Module):
         q_BTHK = affine("BTD,DHK->BTHK", x_BTD, self.w_q, self.b_q, cfg)
         k_BTGK = affine("BTD,DGK->BTGK", x_BTD, self.w_k, self.b_k, cfg)
         v_BTGK = affine("BTD,DGK->BTGK", x_BTD, self.w_v, self.b_v, cfg)
-        if (limit := cfg.clip_qkv) is not None:
-            q_BTHK, k_BTGK, v_BTGK = (jnp.clip(x, -limit, limit) for x in (q_BTHK, k_BTGK, v_BTGK))
         if self.norm_q is not None and self.norm_k is not None:
             q_BTHK = self.norm_q(q_BTHK, site, "norm_q_scale")
             k_BTGK = self.norm_k(k_BTGK, site, "norm_k_scale")
+        if (limit := cfg.clip_qkv) is not None:
+            q_BTHK, k_BTGK, v_BTGK = (jnp.clip(x, -limit, limit) for x in (q_BTHK, k_BTGK, v_BTGK))
         if where.rotation is not None:
             q_BTHK, k_BTGK = (
                 rotate(x, *where.rotation, interleaved=cfg.rope_interleaved)

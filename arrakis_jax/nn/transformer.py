@@ -259,12 +259,12 @@ class Transformer(nnx.Module):
         places = Places.of(x_BTD.shape[:2], mask)
         site = self._sites(places, Capture(()), edits)
         x_BTD = x_BTD.astype(self.config.stream)
-        body = self._body(site, places)
         if isinstance(start, int):
             begin = start + n_layers if start < 0 else start
         else:
             begin = jnp.where(start < 0, start + n_layers, start)
-        for blocks, layers in self.parts():
+        for i, (blocks, layers) in enumerate(self.parts()):
+            body = self._body(self._in_segment(site, i, layers), places)
             first, last = layers.start, layers.stop
             if isinstance(begin, int):
                 rest = slice(max(begin - first, 0), None)
@@ -273,7 +273,13 @@ class Transformer(nnx.Module):
                 x_BTD = jax.lax.scan(body, x_BTD, xs)[0]
                 continue
 
-            def step(layer: Array, x_BTD: Array, blocks: Block = blocks, first: int = first):
+            def step(
+                layer: Array,
+                x_BTD: Array,
+                blocks: Block = blocks,
+                first: int = first,
+                body: Callable = body,
+            ) -> Array:
                 block = jax.tree.map(
                     lambda w: jax.lax.dynamic_index_in_dim(w, layer - first, keepdims=False), blocks
                 )
@@ -312,6 +318,16 @@ class Transformer(nnx.Module):
             valid=valid,
         )
 
+    def _in_segment(self, site: Sites, i: int, layers: range) -> Sites:
+        """The sites of one segment: edits that have a value for each take theirs."""
+        if self.segments is None:
+            return site
+        own = [
+            edit.of_segment(i, layers, self.config.n_layers) if isinstance(edit, Edit) else edit
+            for edit in site.edits
+        ]
+        return replace(site, edits=tuple(edit for edit in own if edit is not None))
+
     def _body(self, site: Sites, places: Places) -> Callable:
         """One layer as a scan's body: `(x, (block, taps, layer)) -> (x, records)`."""
         positions = Positions.of(self.config, places)
@@ -334,7 +350,6 @@ class Transformer(nnx.Module):
         taps: dict[str, Array],
     ) -> tuple[Array, dict[str, Any], tuple[int, ...] | None]:
         """The stream after all blocks, what was recorded, and of which layers if not of all."""
-        body = self._body(site, places)
         wanted = capture.layers
         wanted = None if wanted is None else _counted(wanted, self.config.n_layers)
         records = []
@@ -344,6 +359,7 @@ class Transformer(nnx.Module):
                 for name, tap in taps.items()
                 if not (isinstance(tap, tuple) and tap[i] is None)
             }
+            body = self._body(self._in_segment(site, i, layers), places)
             xs = (blocks, own, jnp.arange(layers.start, layers.stop))
             if wanted is None:
                 x_BTD, record = jax.lax.scan(body, x_BTD, xs)
@@ -359,6 +375,11 @@ class Transformer(nnx.Module):
         self, body: Callable, x_BTD: Array, xs: tuple, rows: list[int], n_layers: int
     ) -> tuple[Array, dict[str, Array]]:
         """A scan that records only some of its layers."""
+        first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), xs)
+        _, shapes = jax.eval_shape(body, x_BTD, first)
+        held = jax.tree.map(lambda s: jnp.zeros((len(rows), *s.shape), s.dtype), shapes)
+        if not rows:
+            return jax.lax.scan(lambda x, xs: (body(x, xs)[0], None), x_BTD, xs)[0], held
         slots = jnp.full(n_layers, len(rows)).at[jnp.array(rows, int)].set(
             jnp.arange(len(rows)), mode="drop"
         )  # fmt: skip
@@ -369,9 +390,6 @@ class Transformer(nnx.Module):
             held = jax.tree.map(lambda a, r: a.at[xs[1]].set(r, mode="drop"), held, records)
             return (x_BTD, held), None
 
-        first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), xs)
-        _, shapes = jax.eval_shape(body, x_BTD, first)
-        held = jax.tree.map(lambda s: jnp.zeros((len(rows), *s.shape), s.dtype), shapes)
         (x_BTD, held), _ = jax.lax.scan(selecting, (x_BTD, held), (xs, slots))
         return x_BTD, held
 

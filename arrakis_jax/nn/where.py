@@ -76,7 +76,7 @@ def _rotations(
     config: ModelConfig, places: Places, windowed: np.ndarray
 ) -> tuple[list[tuple[Array, Array]], np.ndarray]:
     """The kinds of rotation: ordinary, in layers with a window, none; and each layer's."""
-    theta, longest = config.rope_theta, places.count.max()
+    theta, longest = config.rope_theta, places.count.max(initial=0)
     assert theta is not None
     kinds = windowed * (config.window_rope_theta is not None)
     kinds = np.where(_per_layer(config, config.rope_layers, True), kinds, 2)

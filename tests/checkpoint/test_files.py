@@ -234,7 +234,7 @@ def test_files_of_torch_that_are_broken_or_something_else(tmp_path):
     torch.save(state, file)
     with pytest.raises(CheckpointError) as error:
         from_pretrained(folder)
-    assert "`epoch` must be a tensor, got int" in str(error.value)
+    assert "`epoch` must be a tensor with numbers, under a name, got int" in str(error.value)
     assert "`y` must be a tensor" in str(error.value) and "`x`" not in str(error.value)
     torch.save({"x": torch.ones(2, dtype=torch.int64)}, file)
     assert open_folder(folder)["x"].stored == "int64"
@@ -247,3 +247,10 @@ def test_files_of_torch_without_torch(tmp_path, monkeypatch):
         CheckpointError, match="where torch is not installed, got .*; install torch"
     ):
         from_pretrained(folder)
+
+
+def test_an_index_of_something_else_than_names(tmp_path):
+    index = {"weight_map": {"model.norm.weight": ["a.safetensors"]}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"weight_map\['model.norm.weight'\].* a file's name"):
+        open_folder(tmp_path)

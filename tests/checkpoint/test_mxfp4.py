@@ -124,3 +124,13 @@ def test_packed_tensors_that_do_not_fit_are_named(tmp_path, name, change):
     message = str(error.value)
     assert f"`model.layers.1.mlp.experts.{x}` must be in the checkpoint" in message
     assert f"`model.layers.1.mlp.experts.{x}_{other}` must be a weight of this" in message
+
+
+def test_a_tensor_in_both_forms_is_refused():
+    blocks, scales = packed(np.random.default_rng(0), 3, 10, 96)
+    given = {"a.x_blocks": blocks, "a.x_scales": scales, "a.x": np.zeros((3, 96, 10), np.float32)}
+    tensors = {
+        name: Tensor(name, "F32" if name == "a.x" else "U8", array.shape, lambda array=array: array)
+        for name, array in given.items()
+    }
+    assert unpacked(tensors) == tensors  # the packed ones are then left over, and named

@@ -1,4 +1,4 @@
-"""Every tensor of every family's checkpoints is used once: none may lack, be left over or turned."""
+"""Every tensor of a family's checkpoint is used once: none may lack, be left over or turned."""
 
 from dataclasses import replace
 

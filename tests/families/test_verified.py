@@ -6,14 +6,9 @@ import re
 import pytest
 
 from arrakis_jax.families import families
-from tests.families.verify import FILE, Errors, measure, variants, versions
+from tests.families.verify import FILE, Errors, measure, rows, variants, versions
 
-ROWS = {
-    cells[0]: cells
-    for line in (FILE.read_text().splitlines() if FILE.exists() else ())
-    if line.startswith("| ") and not line.startswith("| family")
-    for cells in [[cell.strip() for cell in line.strip("|").split("|")]]
-}
+ROWS = rows()
 AGAIN = random.Random(3).sample(sorted({family.name for family in families().values()}), 2)
 EPS = 2.0**-23  # below it, an error is luck
 

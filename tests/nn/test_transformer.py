@@ -404,3 +404,50 @@ def test_no_layers_is_a_bigram_model(x64):
     tokens = rng.integers(7, size=(2, 5))
     logits = run(m, tokens).logits
     np.testing.assert_allclose(jax.nn.softmax(logits), table[tokens], atol=1e-12)
+
+
+class TestSegments:
+    """A model of which some layers have experts."""
+
+    tokens, mask, _ = batch()
+
+    def go(self, m, **options):
+        return run(m, self.tokens, mask=self.mask, **options)
+
+    @pytest.mark.parametrize("layers", [(0,), (1,), (-1, 0), ()])
+    def test_layers_of_some_segments(self, layers):
+        m = model("mixed_more")
+        whole = self.go(m, capture="all").residuals
+        fields = ("resid_pre", "mlp_act", "routing")
+        part = self.go(m, capture=Capture(fields, layers=layers)).residuals
+        rows = sorted(layer % 3 for layer in layers)
+        np.testing.assert_array_equal(part.resid_pre, whole.resid_pre[np.array(rows, int)])
+        for segment in range(3):
+            assert part.mlp_act[segment].shape[0] == (segment in rows)
+        if 0 in rows:
+            np.testing.assert_array_equal(part.routing[0].index, whole.routing[0].index)
+        assert (
+            self.go(model(), capture=Capture(("resid_pre",), layers=())).residuals.resid_pre.size
+            == 0
+        )
+
+    def test_edits_of_what_differs_between_segments(self):
+        m = model("mixed")
+        plain = self.go(m, capture="all")
+        act = plain.residuals.mlp_act
+        same = self.go(m, edits=Replace("mlp_act", act))
+        np.testing.assert_allclose(same.logits, plain.logits, atol=1e-5)
+        other = run(m, (self.tokens + 1) % 31, mask=self.mask, capture="all").residuals.mlp_act
+        edited = self.go(m, edits=Replace("mlp_act", (None, other[1])), capture="all").residuals
+        np.testing.assert_array_equal(edited.mlp_act[0], act[0])
+        np.testing.assert_array_equal(edited.mlp_act[1], other[1])
+        one = self.go(
+            m, edits=Set("mlp_act", (np.ones(28), None), layer=0), capture="all"
+        ).residuals
+        assert (np.asarray(one.mlp_act[0])[0][self.mask] == 1).all()
+        three = self.go(m, edits=Set("mlp_act", 0.0, layer=2), capture="all").residuals
+        assert three.mlp_act[1][0].any() and not three.mlp_act[1][1].any()
+        with pytest.raises(ValueError, match="`value` must be .* give a tuple, a value"):
+            self.go(m, edits=Set("mlp_act", np.ones(28), layer=0))
+        with pytest.raises(ValueError, match="a tuple of 2, one for each segment, got 3 values"):
+            self.go(m, edits=Set("mlp_act", (None, None, 1.0)))
