@@ -201,7 +201,8 @@ def _terms(attribution: LogitAttribution) -> list[dict[str, Any]]:
 
 
 def _print(result: dict[str, Any], console: Console) -> None:
-    console.print(f"[bold]{escape(result['text'])}[/] →{escape(result['prediction'])}")
+    prediction = escape(result["prediction"].removeprefix(" "))
+    console.print(f"[bold]{escape(result['text'])}[/] → {prediction}")
     difference = result["logit_difference"]
     names = escape(f"logit of {result['target']!r} less that of {result['against']!r}")
     console.print(f"{names}: {difference:+.3f}\n")

@@ -192,7 +192,8 @@ class Replace(Edit):
     def bind(self, config, position_BT, count_B):  # noqa: D102
         if isinstance(self.value, tuple) and self.site in SEGMENTED:
             return super().bind(config, position_BT, count_B)
-        shape, n = jnp.shape(self.value), config.n_layers
+        value: Any = self.value
+        shape, n = jnp.shape(value), config.n_layers
         stacked = self.site not in UNSTACKED and len(shape) == _rank(self.site, config) + 1
         if stacked and shape[0] != n:
             must, do = f"of all {n} layers, or of one", "give value[i] with layer=..."
@@ -201,10 +202,10 @@ class Replace(Edit):
 
     def of_segment(self, i, layers, n_layers):  # noqa: D102
         own = super().of_segment(i, layers, n_layers)
-        if own is None or own is self or jnp.ndim(own.value) < 1:
+        if own is None or own is self:
             return own
         value = jnp.asarray(own.value)
-        if value.shape[0] != len(layers):
+        if value.ndim == 0 or value.shape[0] != len(layers):
             return own
         # Its layers at their place among all, where `change` looks for them.
         around = (layers.start, n_layers - layers.stop)

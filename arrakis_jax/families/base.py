@@ -295,7 +295,7 @@ class Family:
         kind = self.types[name] if default is None else type(default)
         if value is None and (default is None or name in self.nullable):
             return None
-        if kind is float and type(value) in (int, float):
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
             return None if abs(value) < HUGE else "finite"
         if type(value) is kind:
             return None
