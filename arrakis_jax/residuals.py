@@ -271,9 +271,10 @@ class Capture:
             object.__setattr__(self, name, as_tuple(name, getattr(self, name)))
         unknown = [name for name in self.fields if name not in (*FIELDS, "logits")]
         if unknown:
-            raise ValueError(
-                expected("capture", f"made of {(*FIELDS, 'logits')}", unknown, "name such fields")
-            )
+            do = "name such fields"
+            if "resid_post" in unknown:
+                do = "resid_post is read from 'resid_pre' and 'final': name these"
+            raise ValueError(expected("capture", f"made of {(*FIELDS, 'logits')}", unknown, do))
 
 
 def as_tuple(name: str, values: Any) -> tuple[int, ...] | None:

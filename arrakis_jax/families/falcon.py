@@ -36,18 +36,15 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
     n_kv_heads = hf["num_kv_heads"] if hf["n_head_kv"] is None else hf["n_head_kv"]
     n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
     norms = hf["num_ln_in_parallel_attn"]
-    problems = []
     if new and not hf["parallel_attn"]:
         must, do = "True with new_decoder_architecture", "it is not supported"
-        problems.append(expected("parallel_attn", must, False, do))
+        raise ValueError(expected("parallel_attn", must, False, do))
     if norms not in ((None, 1, 2) if new else (None, 1)) and hf["parallel_attn"]:
         must = "1 or null, or 2 with new_decoder_architecture"
-        problems.append(expected("num_ln_in_parallel_attn", must, norms, "check both"))
+        raise ValueError(expected("num_ln_in_parallel_attn", must, norms, "check both"))
     if not (new or hf["multi_query"] or n_kv_heads == n_heads):
         must = "num_attention_heads or null without new_decoder_architecture and multi_query"
-        problems.append(expected("num_kv_heads", must, n_kv_heads, "check them"))
-    if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError(expected("num_kv_heads", must, n_kv_heads, "check them"))
     positions = (
         {"positions": "alibi", "falcon_alibi": True}
         if hf["alibi"]
