@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
@@ -23,6 +23,24 @@ ROPE_SCALINGS = {
     "yarn": ("factor", "beta_fast", "beta_slow", "original_max_positions"),
     "longrope": ("short_factor", "long_factor", "original_max_positions"),
 }
+
+
+# What the values of a field must be, by the type in its annotation.
+TYPES = {
+    int: "an int",
+    float: "a finite number",
+    bool: "True or False",
+    tuple[bool, ...]: "a tuple of bools",
+}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and -1e300 < value < 1e300
+    if kind == tuple[bool, ...]:
+        return isinstance(value, tuple) and all(isinstance(v, bool) for v in value)
+    return isinstance(value, kind) and (kind is not int or not isinstance(value, bool))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +83,13 @@ class RopeScaling:
             must = f"one of {tuple(ROPE_SCALINGS)}"
             raise ValueError(expected("kind", must, repr(self.kind), "choose one"))
         for name in (*ROPE_SCALINGS[self.kind], "attention_factor"):
-            value = getattr(self, name)
-            if name in ("short_factor", "long_factor"):
-                value = min(value) if value else None
-            if value is None or not value > 0:
+            value, listed = getattr(self, name), name in ("short_factor", "long_factor")
+            values = value if listed and isinstance(value, tuple) else (value,)
+            right = bool(values) and all(_fits(v, float) and v > 0 for v in values)
+            if not right or listed != isinstance(value, tuple):
+                must = "a tuple of numbers > 0" if listed else "a number > 0"
                 do = f"a scaling of kind {self.kind!r} needs it"
-                raise ValueError(expected(name, "positive", getattr(self, name), do))
+                raise ValueError(expected(name, must, repr(value), do))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +175,7 @@ class ModelConfig:
             round.
         matmul_precision: JAX precision of float32 products ("highest", "high", "default"). Weights
             in bfloat16 are widened for them, except with "default": then what they multiply is
-            rounded to bfloat16, which is faster and costs 0.5 to 3 % of the logits.
+            rounded to bfloat16, which is faster and less exact (benchmarks/bfloat16.py).
     """
 
     n_layers: int
@@ -231,22 +250,24 @@ class ModelConfig:
 
         may_be_zero = ("n_layers", "d_mlp", "position_offset", "n_experts", "experts_per_token",
                        "d_expert", "d_shared_expert")  # fmt: skip
+        kinds = TYPES | {RopeScaling: "a RopeScaling"}
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int or field.type == int | None:
-                least = 0 if field.name in may_be_zero else 1
-                whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-                optional = field.type is not int
-                must = f"an int >= {least}" + (" or None" if optional else "")
-                demand(whole or (optional and value is None), field.name, must, "check it")
-            elif field.type == tuple[bool, ...] | None and not problems:
-                right = value is None or (
-                    len(value) == self.n_layers and all(isinstance(v, bool) for v in value)
-                )
-                demand(right, field.name, f"None or {self.n_layers} bools", "one for each layer")
-        if not problems:
-            demand(self.n_heads % self.n_kv_heads == 0, "n_heads",
-                   f"a multiple of n_kv_heads={self.n_kv_heads}", "change one of them")  # fmt: skip
+            value, given = getattr(self, field.name), (get_args(field.type) or (field.type,))
+            kind, optional = next((k for k in given if k in kinds), None), type(None) in given
+            if kind is None or (optional and value is None):
+                continue
+            least = (0 if field.name in may_be_zero else 1) if kind is int else None
+            right = _fits(value, kind) and (least is None or value >= least)
+            must = kinds[kind] + (f" >= {least}" if kind is int else "")
+            demand(right, field.name, must + (" or None" if optional else ""), "check it")
+        if problems:  # what follows compares numbers
+            raise ValueError("\n".join(problems))
+        for name in ("rope_layers", "window_layers", "moe_layers"):
+            value = getattr(self, name)
+            demand(value is None or len(value) == self.n_layers, name,
+                   f"None or {self.n_layers} bools", "give one for each layer")  # fmt: skip
+        demand(self.n_heads % self.n_kv_heads == 0, "n_heads",
+               f"a multiple of n_kv_heads={self.n_kv_heads}", "change one of them")  # fmt: skip
         choices = {
             "norm": ("layernorm", "rmsnorm", None),
             "norm_placement": PLACEMENTS,
@@ -276,24 +297,25 @@ class ModelConfig:
                      "clip_qkv", "mlp_limit"):  # fmt: skip
             value = getattr(self, name)
             demand(value is None or value > 0, name, "a number > 0 or None", "correct it")
-        if self.positions == "rope" and not problems:
+        if self.positions == "rope":
             demand(self.d_rotary % 2 == 0 and self.d_rotary <= self.d_head,
                    "d_head" if self.rotary_dim is None else "rotary_dim",
                    f"even with RoPE, and at most d_head={self.d_head}",
                    "change one of them")  # fmt: skip
         demand(not self.position_offset or self.positions == "learned", "position_offset",
                "0 without positions='learned'", "drop it")  # fmt: skip
-        scaling = self.rope_scaling
-        if scaling is not None and not problems:
-            demand(scaling.kind != "dynamic" or self.d_rotary > 2, "rotary_dim",
+        for prefix in ("", "window_"):
+            scaling = getattr(self, f"{prefix}rope_scaling")
+            theta, pairs = getattr(self, f"{prefix}rope_theta"), self.d_rotary // 2
+            if scaling is None:
+                continue
+            demand(scaling.kind != "dynamic" or pairs > 1, "rotary_dim",
                    "more than 2 with dynamic scaling", "choose another scaling")  # fmt: skip
-            demand(scaling.kind != "yarn" or (self.rope_theta or 0) > 1, "rope_theta",
+            demand(scaling.kind != "yarn" or (theta or 0) > 1, f"{prefix}rope_theta",
                    "more than 1 with yarn scaling", "correct it")  # fmt: skip
-        if scaling is not None and scaling.kind == "longrope":
             lengths = {len(f or ()) for f in (scaling.short_factor, scaling.long_factor)}
-            pairs = self.d_rotary // 2
-            demand(lengths == {pairs}, "rope_scaling", f"with {pairs} factors in each list",
-                   "one for each pair")  # fmt: skip
+            demand(scaling.kind != "longrope" or lengths == {pairs}, f"{prefix}rope_scaling",
+                   f"with {pairs} factors in each list", "give one for each pair")  # fmt: skip
         demand(not self.falcon_alibi or self.positions == "alibi", "falcon_alibi",
                "False without positions='alibi'", "drop it")  # fmt: skip
         demand(not self.shared_norm or self.parallel, "shared_norm", "False without parallel",

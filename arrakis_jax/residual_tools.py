@@ -3,7 +3,7 @@
 from typing import Any
 
 from arrakis_jax.attribution.features import Attribution, feature_attribution
-from arrakis_jax.checks import Ids
+from arrakis_jax.checks import Ids, checked_layer
 from arrakis_jax.decomposition.residual import (
     ResidualDecomposition,
     normed_decomposition,
@@ -32,6 +32,9 @@ class ResidualTools:
 
     def __init__(self, model: Transformer, tokenizer: Any = None):
         """Binds a model, and a tokenizer if text is to be accepted."""
+        if not isinstance(model, Transformer):
+            do = "pass the model first, then its tokenizer"
+            raise TypeError(expected("model", "a Transformer", type(model).__name__, do))
         self.model = model
         self.tokenizer = tokenizer
 
@@ -47,6 +50,7 @@ class ResidualTools:
         """
         stream = stream_of(activations, options.get("mask"))
         if stream is None:
+            layer_idx = checked_layer(layer_idx, self.model.config.n_layers)
             tokens, options = self._tokens("activations", activations, options)
             activations = run(self.model, tokens, capture=_LAYER, **options)
         elif options.keys() - {"mask"}:

@@ -68,6 +68,7 @@ VARIANTS = {
     "stream_before": dict(
         norm_placement="stream_before", embed_norm=True, **GPT2 | dict(positions="alibi")
     ),
+    "stream_mixed": dict(moe_layers=(True, False, True), norm_placement="stream_before", **MOE),
     "stream_rms": dict(norm_placement="stream_after"),
     "scaled": dict(residual_scale=0.4, embed_scale=3.0, logit_scale=0.2, clip_qkv=0.8),
     "bare_norm": dict(norm="layernorm", norm_gain=False, norm_bias=False),

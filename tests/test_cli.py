@@ -126,5 +126,7 @@ def test_convert(tmp_path, demo, options, dtype):
     for number in (sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves)):
         assert f"{number:,}" in result.output
     assert dtype in result.output and "out" in result.output
+    assert "tokenizer.json" in result.output
+    assert call("analyze", SENTENCE, "--model", str(tmp_path / "out")).exit_code == 0
     again = call("convert", str(FOLDER), str(tmp_path / "out"))
     assert again.exit_code == 2 and "`out` must be a new or empty folder, got" in again.stderr

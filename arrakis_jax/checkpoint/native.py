@@ -51,6 +51,8 @@ def new_folder(path: str | Path, *, name: str = "path") -> Path:
     Raises:
         FileExistsError: if there is something at `path`.
     """
+    if not isinstance(path, str | Path):
+        raise TypeError(expected(name, "a path", repr(path), "give a folder"))
     folder = Path(path).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         do = "remove it, or choose another"

@@ -113,18 +113,15 @@ def normed_decomposition(
 
 @compiled()
 def _normed_parts(model, stream, row):
-    blocks = model.blocks
-    norms, x = jax.tree.map(
+    pairs = [(block.norm_attn, block.norm_mlp) for block, _ in model.parts()]
+    norms, x, scales = jax.tree.map(
         lambda a: jax.lax.dynamic_index_in_dim(a, row, keepdims=False),
         (
-            (blocks.norm_attn, blocks.norm_mlp),
+            jax.tree.map(lambda *segments: jnp.concatenate(segments), *pairs),
             (stream.resid_pre, stream.attn_out, stream.mlp_out),
+            (stream.norm_attn_scale[..., None], stream.norm_mlp_scale[..., None]),
         ),
     )
-    scales = [
-        jax.lax.dynamic_index_in_dim(s, row, keepdims=False)[..., None]
-        for s in (stream.norm_attn_scale, stream.norm_mlp_scale)
-    ]
     real = stream.mask[..., None]
     parts, before = [x[0]], model.config.norm_placement == "stream_before"
     biases = jnp.zeros_like(x[0])

@@ -101,20 +101,29 @@ ENDS = (
     rule("model.norm.weight", "D -> D", "norm_final.w"),
     rule("lm_head.weight", "V D -> D V", "w_u"),
 )
-ATTENTION = (
+QKV = (
     rule(LAYER + "self_attn.q_proj.weight", "(H K) D -> D H K", "blocks.attn.w_q"),
     rule(LAYER + "self_attn.k_proj.weight", "(G K) D -> D G K", "blocks.attn.w_k"),
     rule(LAYER + "self_attn.v_proj.weight", "(G K) D -> D G K", "blocks.attn.w_v"),
-    rule(LAYER + "self_attn.o_proj.weight", "D (H K) -> H K D", "blocks.attn.w_o"),
     rule(LAYER + "self_attn.q_proj.bias", "(H K) -> H K", "blocks.attn.b_q"),
     rule(LAYER + "self_attn.k_proj.bias", "(G K) -> G K", "blocks.attn.b_k"),
     rule(LAYER + "self_attn.v_proj.bias", "(G K) -> G K", "blocks.attn.b_v"),
+)
+ATTENTION = (
+    *QKV,
+    rule(LAYER + "self_attn.o_proj.weight", "D (H K) -> H K D", "blocks.attn.w_o"),
     rule(LAYER + "self_attn.o_proj.bias", "D -> D", "blocks.attn.b_o"),
 )
-# The norms of Llama, and those of queries and keys where every head has the same gain.
+# The norms of Llama, their biases where they are LayerNorms, and those of queries and keys where
+# every head has the same gain.
 NORMS = (
     rule(LAYER + "input_layernorm.weight", "D -> D", "blocks.norm_attn.w"),
     rule(LAYER + "post_attention_layernorm.weight", "D -> D", "blocks.norm_mlp.w"),
+)
+NORM_BIASES = (
+    rule("model.norm.bias", "D -> D", "norm_final.b"),
+    rule(LAYER + "input_layernorm.bias", "D -> D", "blocks.norm_attn.b"),
+    rule(LAYER + "post_attention_layernorm.bias", "D -> D", "blocks.norm_mlp.b"),
 )
 QK_NORMS = (
     rule(LAYER + "self_attn.q_norm.weight", "K -> K", "blocks.attn.norm_q.w"),

@@ -94,7 +94,8 @@ class Groups:
         self.shape = index.shape
         expert = index.reshape(-1)
         n = expert.shape[0]
-        # At most half an expert's mean number of rows: padding adds at most half of all rows.
+        # At most half an expert's mean number of rows, so that padding adds at most half of all
+        # rows; or 8, where experts have few.
         self.size = max(8, 1 << max(n // (2 * n_experts), 1).bit_length() - 1)
         self.n_blocks = -(-(n + n_experts * (self.size - 1)) // self.size)
         order = jnp.argsort(expert)

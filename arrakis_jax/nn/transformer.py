@@ -61,6 +61,11 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        if not isinstance(config, ModelConfig):
+            do = "make one, or call config_for(family)"
+            raise TypeError(expected("config", "a ModelConfig", repr(config), do))
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(expected("rngs", "nnx.Rngs", repr(rngs), "such as nnx.Rngs(0)"))
         d, v = config.d_model, config.vocab_size
         self.config = config
         # What also reads out must be small; otherwise embeddings outweigh what blocks add at first.

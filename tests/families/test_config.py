@@ -34,7 +34,11 @@ CHANGES = {
     "rope_parameters": LLAMA3, ORIGINAL: 77, "no_rope_layers": [0] * 36,
     "attention_types": [[["local"], 24]], "attention_layers": ["global"] * 24,
 }  # fmt: skip
-CHANGES_IN = {("gemma3", "rope_parameters"): {"full_attention": LLAMA3}}
+CHANGES_IN = {
+    ("phi", "head_dim"): 24,
+    ("stablelm", "head_dim"): 24,
+    ("gemma3", "rope_parameters"): {"full_attention": LLAMA3},
+}
 # Where that is not enough: what must be the case for a field to matter.
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8}
 GIVEN = {

@@ -14,6 +14,7 @@ from arrakis_jax import (
     NotCapturedError,
     Project,
     Replace,
+    RopeScaling,
     Scale,
     Set,
     Transformer,
@@ -23,12 +24,13 @@ from arrakis_jax import (
 from arrakis_jax.residuals import FIELDS, SCALES, UNSTACKED
 from tests.models import LLAMA3, VARIANTS, batch, close, compilations, config, model, randomised
 
+# Those whose heads write as they are; tests/decomposition has the identities of the others.
+PLAIN = [v for v in VARIANTS if not {"norm_placement", "moe_layers"} & VARIANTS[v].keys()]
 
-@pytest.mark.parametrize("variant", VARIANTS)
+
+@pytest.mark.parametrize("variant", PLAIN)
 def test_every_write_is_added_to_the_stream(variant):
     m = model(variant)
-    if m.config.norms_stream or m.segments is not None or m.config.norm_placement != "pre":
-        return  # tests/decomposition has their identities
     tokens, mask, _ = batch()
     r = run(m, tokens, mask=mask).residuals
     # Two units in the last place where a write's last operation is fused with the sum.
@@ -74,6 +76,37 @@ def test_padding_changes_nothing(variant, side, x64):
                 picked = np.take(picked, where, -1)
             np.testing.assert_allclose(picked, single, atol=1e-10, err_msg=name)
             assert (rest == float(name in SCALES)).all(), name
+
+
+@pytest.mark.parametrize("variant", ["tied", "both", "stream_after", "stream_before"])
+def test_the_mean_embedding_is_that_of_all_tokens(variant, x64):
+    m = model(variant, dtype="float64")
+    close(m.mean_embedding(), m.embed_tokens(jnp.arange(31)).mean(0), 1e-12)
+
+
+def test_what_is_no_config_or_random_stream_is_refused():
+    m = model()
+    for make, message in [
+        (lambda: Transformer("llama", rngs=nnx.Rngs(0)), "`config` must be a ModelConfig, got"),
+        (lambda: Transformer(m.config, rngs=0), "`rngs` must be nnx.Rngs, got 0; such as"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            make()
+    for field, value in [
+        ("residual_scale", "x"), ("parallel", "yes"), ("attention_softcap", "a"), ("n_heads", 2.0),
+        ("norm_eps", "a"), ("moe_layers", 5), ("rope_scaling", 5), ("embed_scale", np.nan),
+        ("window_layers", (1, 0, 1)), ("rope_theta", 10**400), ("tied", 1),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=f"`{field}` must be .* got .*; "):
+            dataclasses.replace(m.config, **{field: value})
+    for given in [dict(factor="4"), dict(factor=None), dict(factor=float("inf"))]:
+        with pytest.raises(ValueError, match="`factor` must be a number > 0, got .* needs it"):
+            RopeScaling(kind="linear", **given)
+    for given in (3, (), (1.0, "2"), (1.0, -1.0)):
+        with pytest.raises(ValueError, match="`short_factor` must be a tuple of numbers > 0, got"):
+            RopeScaling(
+                kind="longrope", short_factor=given, long_factor=(1.0,), original_max_positions=4
+            )
 
 
 def test_garbage_and_nan_stay_in_their_row():
