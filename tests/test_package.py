@@ -19,14 +19,15 @@ LAYERS = (
     ("edits",),
     ("nn",),
     ("forward",),
+    ("layers",),
     ("families",),
     ("checkpoint",),
     ("tokens",),
-    ("decomposition", "movement", "attribution"),
+    ("decomposition", "movement", "attribution", "circuits"),
     ("demo", "residual_tools"),
     ("cli",),
 )
-ANALYSIS = ("decomposition", "movement", "attribution")
+ANALYSIS = ("decomposition", "movement", "attribution", "circuits")
 
 
 def imports(path: Path) -> set[str]:

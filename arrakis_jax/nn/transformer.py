@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,22 @@ from arrakis_jax.residuals import (
 )
 
 Edits = tuple[Edit | Callable, ...]
+
+
+class Layer(NamedTuple):
+    """One layer of a forward, as `Transformer.fold` and `over_layers` hand it to a function.
+
+    Attributes:
+        block: its parameters, without a layer axis.
+        index: which layer it is.
+        stream: the fields asked for, without a layer axis, and the mask.
+        resid_post: `[B,T,D]`, the stream leaving it; None if a captured stream cannot tell.
+    """
+
+    block: Block
+    index: Int[Array, ""]
+    stream: ResidualStream
+    resid_post: Float[Array, "B T D"]
 
 
 class Transformer(nnx.Module):
@@ -197,6 +213,52 @@ class Transformer(nnx.Module):
         }
         stream = ResidualStream(**outside.records, **records, **about)
         return ModelOutput(logits, stream)
+
+    def fold(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        state: Any,
+        step: Callable[[Any, Layer], tuple[Any, Any]],
+        *,
+        mask: Array | None = None,
+        fields: tuple[str, ...] = (),
+        edits: Edits = (),
+    ) -> tuple[ResidualStream, Any, list[Any]]:
+        """The forward from the embedding on, each layer's fields given to a function as it runs.
+
+        What `step(state, layer) -> (state, found)` does not keep of them exists for one layer at
+        a time.
+
+        Returns:
+            The stream outside of the layers (embed, final, norm_final_scale), the last state, and
+            for each segment what was found, stacked over its layers.
+        """
+        places = Places.of(x_BTD.shape[:2], mask)
+        site = self._sites(places, Capture((*fields, *UNSTACKED)), edits)
+        outside = replace(site, records={})
+        x_BTD = outside("embed", x_BTD.astype(self.config.stream))
+        about: dict[str, Any] = {
+            "mask": places.real,
+            "lacks": lacking(self.config),
+            "normed": self.config.norms_stream,
+        }
+        found = []
+        for i, (blocks, layers) in enumerate(self.parts()):
+            body = self._body(self._in_segment(site, i, layers), places)
+
+            def folding(carry: tuple, xs: tuple, body: Callable = body) -> tuple[tuple, Any]:
+                x_BTD, state = carry
+                x_BTD, records = body(x_BTD, (xs[0], {}, xs[1]))
+                stream = ResidualStream(**_routed(records), **about)
+                state, found = step(state, Layer(xs[0], xs[1], stream, x_BTD))
+                return (x_BTD, state), found
+
+            xs = (blocks, jnp.arange(layers.start, layers.stop))
+            (x_BTD, state), own = jax.lax.scan(folding, (x_BTD, state), xs)
+            found.append(own)
+        x_BTD = outside("final", x_BTD)
+        self._logits(x_BTD, outside, Capture(("norm_final_scale",)))
+        return ResidualStream(**outside.records, **about), state, found
 
     def unembedding(self, ids: Int[Array, "..."] | None = None) -> Float[Array, "... D"]:
         """What reads these tokens' logits from the normed stream, `[...,D]`, or all as `[V,D]`.
@@ -371,9 +433,7 @@ class Transformer(nnx.Module):
             else:
                 rows = [layer - layers.start for layer in wanted if layer in layers]
                 x_BTD, record = self._scan_some(body, x_BTD, xs, rows, len(layers))
-            about = {name: record.pop(site, ABSENT) for name, site in ROUTING_SITES.items()}
-            routed = {"routing": Routing(**about)} if about["index"] is not None else {}
-            records.append({**record, **routed})
+            records.append(_routed(record))
         return x_BTD, _joined(records), wanted
 
     def _scan_some(
@@ -425,6 +485,13 @@ class Transformer(nnx.Module):
 def _rows(table: Array, index: Array, axis: int = 0) -> Array:
     """The entries at these indices of an axis; NaN where there are none, negative ones included."""
     return jnp.take(table, jnp.where(index < 0, table.shape[axis], index), axis, mode="fill")
+
+
+def _routed(record: dict[str, Any]) -> dict[str, Any]:
+    """What was recorded, with the sites of routing as one field."""
+    about = {name: record.get(site, ABSENT) for name, site in ROUTING_SITES.items()}
+    rest = {name: x for name, x in record.items() if name not in ROUTING_SITES.values()}
+    return rest if about["index"] is None else {**rest, "routing": Routing(**about)}
 
 
 def _joined(records: list[dict[str, Any]]) -> dict[str, Any]:

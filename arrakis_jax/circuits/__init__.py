@@ -1,0 +1,1 @@
+"""Circuits: what heads compute from weights alone, and how they compose."""
