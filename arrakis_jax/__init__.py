@@ -6,9 +6,12 @@ from arrakis_jax.attribution.features import Attribution, feature_attribution
 from arrakis_jax.attribution.gradients import residual_gradients
 from arrakis_jax.checkpoint import from_pretrained, save
 from arrakis_jax.config import ModelConfig, RopeScaling
+from arrakis_jax.decomposition.change import MovementAttribution, attribute_movement
 from arrakis_jax.decomposition.direct import Decomposition, capture_for, decompose
+from arrakis_jax.decomposition.direction import DirectionAttribution, attribute_to
 from arrakis_jax.decomposition.readout import LogitAttribution, logit_attribution
 from arrakis_jax.decomposition.residual import ResidualDecomposition, residual_decomposition
+from arrakis_jax.decomposition.top import TopAttribution, top_attribution
 from arrakis_jax.demo import demo_model
 from arrakis_jax.edits import Add, Edit, Project, Replace, Scale, Set
 from arrakis_jax.errors import CheckpointError, NotCapturedError
@@ -24,6 +27,7 @@ from arrakis_jax.movement.layers import (
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.residual_tools import ResidualTools
 from arrakis_jax.residuals import Capture, ModelOutput, ResidualStream, Routing
+from arrakis_jax.table import Table
 from arrakis_jax.tokens import encode, token_id, tokenizer_for
 
 __version__ = version("arrakis-jax")
@@ -35,6 +39,7 @@ __all__ = [
     "Capture",
     "CheckpointError",
     "Decomposition",
+    "DirectionAttribution",
     "Edit",
     "Label",
     "Labels",
@@ -42,6 +47,7 @@ __all__ = [
     "ModelConfig",
     "ModelOutput",
     "Movement",
+    "MovementAttribution",
     "MovementMatrix",
     "NotCapturedError",
     "Project",
@@ -53,7 +59,11 @@ __all__ = [
     "Routing",
     "Scale",
     "Set",
+    "Table",
+    "TopAttribution",
     "Transformer",
+    "attribute_movement",
+    "attribute_to",
     "capture_for",
     "config_for",
     "cpu_compiler_options",
@@ -72,4 +82,5 @@ __all__ = [
     "save",
     "token_id",
     "tokenizer_for",
+    "top_attribution",
 ]

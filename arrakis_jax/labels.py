@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple, overload
 
 
@@ -14,7 +15,7 @@ class Label(NamedTuple):
             norm_bias, attn_rounding or mlp_rounding.
         index: which head, neuron or expert; None for kinds of which a layer has one. Of norm_bias:
             0 for attention's, 1 for the MLP's.
-        source: the source position, in decompositions by source; else None.
+        source: in decompositions by source, the column of `tokens` that a head read; else None.
     """
 
     layer: int | None
@@ -24,19 +25,38 @@ class Label(NamedTuple):
 
     def __str__(self) -> str:
         layer = "" if self.layer is None else f"L{self.layer} "
-        return f"{layer}{self.kind}" + ("" if self.index is None else f" {self.index}")
+        index = "" if self.index is None else f" {self.index}"
+        return f"{layer}{self.kind}{index}" + ("" if self.source is None else f" @ {self.source}")
 
 
 class Kind(NamedTuple):
-    """Terms of one kind in one layer: their name, and their indices (None: one without)."""
+    """Terms of one kind in one layer.
+
+    Attributes:
+        name: the kind.
+        indices: of which heads, neurons...; None for one term without an index.
+        sources: how many source positions each of them is split into; None for no split.
+    """
 
     name: str
     indices: range | None = None
+    sources: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The axes along which the terms are counted."""
+        indices = () if self.indices is None else (len(self.indices),)
+        return indices if self.sources is None else (*indices, self.sources)
 
     @property
     def count(self) -> int:
         """How many terms."""
-        return 1 if self.indices is None else len(self.indices)
+        return prod(self.shape)
+
+    def label(self, layer: int, i: int) -> Label:
+        """The label of the i-th of them."""
+        i, source = (i, None) if self.sources is None else divmod(i, self.sources)
+        return Label(layer, self.name, None if self.indices is None else self.indices[i], source)
 
 
 class Segment(NamedTuple):
@@ -68,16 +88,18 @@ class Labels(Sequence):
         first: kinds before the layers, one term each.
         segments: the layers listed, and what each of them holds.
         dropped: how many terms are missing at the end, because the last layer is cut there.
+        skipped: how many are missing before those of the first layer, which is cut there.
     """
 
     first: tuple[str, ...]
     segments: tuple[Segment, ...]
     dropped: int = 0
+    skipped: int = 0
 
     def __repr__(self) -> str:
         parts = list(self.first)
         for layers, kinds in self.segments:
-            named = (k.name if k.indices is None else f"{k.count} {k.name}" for k in kinds)
+            named = (f"{' x '.join(map(str, k.shape))} {k.name}".lstrip() for k in kinds)
             parts.append(f"in layers {_ranges(layers)}: {' + '.join(named)}")
         return f"Labels({len(self)} terms: {', '.join(parts)})"
 
@@ -88,7 +110,7 @@ class Labels(Sequence):
 
     def __len__(self) -> int:
         listed = sum(len(s.layers) * s.per_layer for s in self.segments)
-        return len(self.first) + listed - self.dropped
+        return len(self.first) + listed - self.dropped - self.skipped
 
     @overload
     def __getitem__(self, i: int) -> Label: ...
@@ -105,7 +127,7 @@ class Labels(Sequence):
         i = int(i) % len(self)
         if i < len(self.first):
             return Label(None, self.first[i])
-        rest = i - len(self.first)
+        rest = i - len(self.first) + self.skipped
         for segment in self.segments:
             if rest >= len(segment.layers) * segment.per_layer:
                 rest -= len(segment.layers) * segment.per_layer
@@ -113,8 +135,7 @@ class Labels(Sequence):
             layer, rest = divmod(rest, segment.per_layer)
             for kind in segment.kinds:
                 if rest < kind.count:
-                    index = None if kind.indices is None else kind.indices[rest]
-                    return Label(segment.layers[layer], kind.name, index)
+                    return kind.label(segment.layers[layer], rest)
                 rest -= kind.count
         raise AssertionError("labels do not cover their own length")
 

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from arrakis_jax.axes import Array, Float, over
+from arrakis_jax.config import ModelConfig
 from arrakis_jax.errors import expected
 from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.transformer import Layer, Transformer
+from arrakis_jax.numerics import contract
 from arrakis_jax.residuals import SEGMENTED, UNSTACKED, ResidualStream
 
 Step = Callable[[Any, Layer], tuple[Any, Any]]
@@ -101,7 +103,7 @@ class Read(NamedTuple):
     """What attention of one layer brings from every source position j to every position i.
 
     The vector that head h brings is `share_i pattern[h,i,j] v[j,h] w_o[h]`, and position i itself
-    brings `own_i`. Their sum is `total_i` but for biases, which no position brings. All as written
+    brings `own_i`. With `bias_i`, which no position brings, they sum to `total_i`. All as written
     to the stream: through norms of the output and of the stream, scales as they were, and factors.
 
     Attributes:
@@ -111,6 +113,8 @@ class Read(NamedTuple):
         share: `[B,T]`.
         own: `[B,T,D]`, the stream that attention adds to.
         total: `[B,T,D]`, the stream after attention, before the MLP.
+        brought: `[B,T,D]`, what heads bring from all positions together.
+        bias: `[B,T,D]`, the output's bias and those of norms.
     """
 
     pattern: Float[Array, "B H T S"]
@@ -119,6 +123,8 @@ class Read(NamedTuple):
     share: Float[Array, "B T"]
     own: Float[Array, "B T D"]
     total: Float[Array, "B T D"]
+    brought: Float[Array, "B T D"]
+    bias: Float[Array, "B T D"]
 
 
 READ = ("resid_pre", "attn_out", "resid_mid", "pattern", "v", "norm_attn_scale",
@@ -129,36 +135,69 @@ def read(model: Transformer, layer: Layer) -> Read:
     """What attention of this layer brings from where, of a layer with the fields `READ`."""
     config, stream, block = model.config, layer.stream, layer.block
     acc = config.acc
-    w_o, share = written(model, block.attn.w_o[...], stream, block.norm_attn_out)
+    through, share = written(config, stream, block.norm_attn_out, "attn")
+    w_o = through(block.attn.w_o[...])
     own = stream.resid_pre.astype(acc)
+    bias = _output_bias(model, layer)
+    brought = stream.attn_out - bias
     if config.norms_stream:  # attention adds to the normed stream, or its sum is normed
         norm: Norm = block.norm_attn
         own = norm.gained(norm.centre(own)) / stream.norm_attn_scale[..., None]
         if config.norm_placement == "stream_after":
             w_o = norm.gained(norm.centre(w_o))
             share = share / stream.norm_attn_scale
+            bias, brought = (
+                norm.gained(norm.centre(x)) / stream.norm_attn_scale[..., None]
+                for x in (bias, brought)
+            )
+        bias = bias if norm.b is None else bias + over(norm.b[...].astype(acc), bias)
     if config.parallel:
         total = stream.resid_pre.astype(acc) + stream.attn_out
     else:
         total = stream.resid_mid.astype(acc)
     repeats = config.n_heads // config.n_kv_heads
     v = jnp.repeat(stream.v.astype(acc), repeats, -2)
-    return Read(stream.pattern.astype(acc), v, w_o, share, own, total)
+    bias = jnp.where(stream.mask[..., None], bias, 0)
+    return Read(stream.pattern.astype(acc), v, w_o, share, own, total, brought, bias)
+
+
+def _output_bias(model: Transformer, layer: Layer) -> Float[Array, "B T D"]:
+    """The biases in `attn_out`: of the product, through the norm of the output, and of the norm."""
+    stream, b_o, norm = layer.stream, layer.block.attn.b_o, layer.block.norm_attn_out
+    acc = model.config.acc
+    bias = jnp.zeros(stream.attn_out.shape, acc)
+    if b_o is not None:
+        through, share = written(model.config, stream, norm, "attn")
+        bias = share[..., None] * over(through(b_o[...]), bias)
+    if norm is not None and norm.b is not None:
+        bias = bias + over(norm.b[...].astype(acc), bias) * model.config.residual_scale
+    return jnp.where(stream.mask[..., None], bias, 0)
 
 
 def written(
-    model: Transformer, w: Float[Array, "... D"], stream: ResidualStream, norm: Norm | None
-) -> tuple[Float[Array, "... D"], Float[Array, "B T"]]:
-    """Directions of attention's output as they reach the stream, and what multiplies them at T.
+    config: ModelConfig, stream: ResidualStream, norm: Norm | None, what: str
+) -> tuple[Callable[[Array], Array], Float[Array, "B T"]]:
+    """How an output of attention ("attn") or the MLP ("mlp") reaches the stream.
 
-    Without what norms on the stream itself do.
+    Through the norm of the output, its scale as it was, and the model's factor: as a linear map of
+    directions `[...,D]`, and what multiplies them at each position.
     """
-    acc = model.config.acc
-    w = w.astype(acc)
-    share = jnp.full(stream.mask.shape, model.config.residual_scale, acc)
-    if norm is None:
-        return w, share
-    w = norm.centre(w)
-    if norm.gain is not None:
-        w = w * over(norm.gain, w)
-    return w, share / stream.norm_attn_out_scale
+    share = jnp.full(stream.mask.shape, config.residual_scale, config.acc)
+    if norm is not None:
+        share = share / getattr(stream, f"norm_{what}_out_scale")
+
+    def through(w: Array) -> Array:
+        w = w.astype(config.acc)
+        return w if norm is None else norm.gained(norm.centre(w))
+
+    return through, share
+
+
+def logit_direction(model: Transformer, u: Float[Array, "... D"]) -> tuple[Array, Array]:
+    """The stream direction `r` and the constant with `norm(x) . u = x . r / s + constant`."""
+    if model.norm_final is None:
+        return u, jnp.zeros(u.shape[:-1], u.dtype)
+    r = model.norm_final.centre(model.norm_final.gained(u))
+    if model.norm_final.b is None:
+        return r, jnp.zeros(u.shape[:-1], u.dtype)
+    return r, contract("...D,D->...", u, model.norm_final.b[...])

@@ -169,10 +169,13 @@ class ResidualStream(Record):
                     f"run the model with {what}=None in its Capture"
                 )
 
-    def at(self, positions: Int[Array, "... N"] | tuple[int, ...]) -> "ResidualStream":
+    def at(
+        self, positions: Int[Array, "... N"] | tuple[int, ...], *, whole: tuple[str, ...] = ()
+    ) -> "ResidualStream":
         """The stream at these positions, counted in real tokens; zero where a row has none.
 
-        Every field has N in place of T, `tokens` and `mask` too. Works with or without a batch.
+        Every field but those named in `whole` has N in place of T, `tokens` and `mask` too. Works
+        with or without a batch.
         """
         self.need("mask")
         static = positions if isinstance(positions, tuple) else None
@@ -187,27 +190,52 @@ class ResidualStream(Record):
                 )
             chosen = jnp.array([self.positions.index(p) for p in static], int)
             column = jnp.broadcast_to(chosen, index.shape)
-        fields_at = self._each(
-            lambda name, axis, value: select_positions(
+        picked = self.picked(column, valid, whole=whole)
+        if self.tokens is not None:
+            picked = replace(picked, tokens=jnp.take_along_axis(self.tokens, index, -1))
+        return picked
+
+    def picked(
+        self,
+        index: Int[Array, "... N"],
+        valid: Bool[Array, "... N"],
+        *,
+        whole: tuple[str, ...] = (),
+        stacked: bool = True,
+    ) -> "ResidualStream":
+        """The stream at these indices of the T axis, where valid; without `tokens`.
+
+        `stacked=False`: the fields of one layer have no L axis.
+        """
+
+        def pick(name: str, axis: int, value: Array) -> Array:
+            return select_positions(
                 value,
-                column,
+                index,
                 valid,
                 axis,
-                batch_axis=int(name not in UNSTACKED),
+                batch_axis=int(stacked and name not in UNSTACKED),
                 absent=int(name in SCALES),
             )
-        )
-        if self.tokens is not None:
-            fields_at["tokens"] = jnp.take_along_axis(self.tokens, index, -1)
-        about: dict[str, Any] = {n: getattr(self, n) for n in ("layers", "lacks", "normed")}
-        return ResidualStream(**fields_at, mask=valid, **about)
 
-    def _each(self, change: Callable[[str, int, Array], Array]) -> dict[str, Any]:
+        kept = {name: getattr(self, name) for name in whole}
+        about: dict[str, Any] = {n: getattr(self, n) for n in ("layers", "lacks", "normed")}
+        fields = replace(self, **dict.fromkeys(whole))._each(pick, stacked)
+        return ResidualStream(**fields, **kept, mask=valid, **about)
+
+    def _each(
+        self, change: Callable[[str, int, Array], Array], stacked: bool = True
+    ) -> dict[str, Any]:
         """Every captured field, its arrays changed by a function of its name and T axis."""
         before = self.mask.ndim - 1  # the axes between L and T
         return {
             name: jax.tree.map(
-                partial(change, name, (name not in UNSTACKED) + before + (name == "pattern")), value
+                partial(
+                    change,
+                    name,
+                    (stacked and name not in UNSTACKED) + before + (name == "pattern"),
+                ),
+                value,
             )
             for name in FIELDS
             if (value := getattr(self, name)) is not None

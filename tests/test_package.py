@@ -14,6 +14,7 @@ ROOT = Path(arrakis_jax.__file__).parent
 LAYERS = (
     ("axes", "errors"),
     ("config", "labels", "numerics", "places"),
+    ("table",),
     ("residuals",),
     ("checks",),
     ("edits",),

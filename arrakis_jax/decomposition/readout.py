@@ -1,88 +1,77 @@
 """What wrote a logit: every term's share, through the final norm with its scale as it was."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from arrakis_jax.axes import Array, Float
 from arrakis_jax.checks import (
     Ids,
     Mask,
     Tokens,
-    checked_count,
     checked_ids,
+    checked_layers,
     checked_position,
     checked_tokens,
     host,
 )
-from arrakis_jax.decomposition.direct import checked_by, factors, located
-from arrakis_jax.decomposition.terms import fields_for
-from arrakis_jax.errors import NotCapturedError, expected
+from arrakis_jax.decomposition.direct import (
+    WHOLE,
+    Decomposition,
+    assembled,
+    checked_by,
+    located,
+)
+from arrakis_jax.decomposition.reading import (
+    Readout,
+    in_scan,
+    labels_in_scan,
+    outside_of,
+    readout_of,
+)
+from arrakis_jax.decomposition.terms import (
+    Kinds,
+    Span,
+    checked_kinds,
+    embeddings,
+    fields_for,
+    terms,
+)
+from arrakis_jax.decomposition.values import Values
+from arrakis_jax.errors import NotCapturedError
 from arrakis_jax.forward import compiled, stream_of
 from arrakis_jax.labels import Labels
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.numerics import contract, ratio
 from arrakis_jax.places import Places
-from arrakis_jax.residuals import Capture, ModelOutput, Record, ResidualStream
+from arrakis_jax.residuals import Capture, ModelOutput, ResidualStream
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, repr=False)
-class LogitAttribution(Record):
+class LogitAttribution(Values):
     """The share of each of C terms in a logit or logit difference, in logits.
 
     Attributes:
         terms: `[C,B]`, or `[C,B,T]` for every position.
         constant: `[B]` (`[B,T]`), what depends on no term: `beta . u + b_u`.
         logit: `[B]` (`[B,T]`), the model's logit or logit difference, read from `final`.
-        gap: `[B]` (`[B,T]`), `|sum(terms) + constant - logit|` over the sum of absolute terms:
-            rounding, and in an edited forward what the edits broke.
+        rest: `[B]` (`[B,T]`), `logit - constant - sum(terms)`: what terms that are not listed
+            wrote, where layers or kinds were selected; else rounding, and in an edited forward what
+            the edits broke.
+        gap: `[B]` (`[B,T]`), `|rest|` over the sum of absolute terms; NaN where terms are not
+            listed, and there is nothing to check.
         labels: what each term is.
     """
 
     terms: Float[Array, "C B"]
     constant: Float[Array, " B"]
     logit: Float[Array, " B"]
+    rest: Float[Array, " B"]
     gap: Float[Array, " B"]
     labels: Labels = field(metadata={"static": True})
-
-    def by_head(self) -> Float[Array, "L H B"]:
-        """The heads' terms as `[L,H,B]` (`[L,H,B,T]`)."""
-        return self.by_layer("head")
-
-    def by_layer(self, kind: str) -> Float[Array, "L B"]:
-        """The terms of one kind as `[L,B]` (attn, mlp...) or `[L,n,B]` (head, neuron, expert).
-
-        L counts the layers that have the kind.
-        """
-        labels = self.labels
-        labels.check(kind)
-        found, offset = [], len(labels.first)
-        for segment in labels.segments:
-            size, columns = len(segment.layers) * segment.per_layer, segment.offsets(kind)
-            if columns:
-                rest = self.terms[offset : offset + size]
-                rest = rest.reshape(len(segment.layers), segment.per_layer, *rest.shape[1:])
-                indexed = any(k.name == kind and k.indices is not None for k in segment.kinds)
-                found.append(rest[:, np.array(columns)] if indexed else rest[:, columns[0]])
-            offset += size
-        widths = {x.shape[1:] for x in found}
-        if len(widths) > 1:
-            got = f"{sorted(widths)} in different layers"
-            do = "take the terms by `labels.where(kind)`"
-            raise ValueError(expected("kind", "of one number of terms in every layer", got, do))
-        return jnp.concatenate(found)
-
-    def top(self, k: int) -> tuple[Array, Array]:
-        """The k terms of largest absolute value: their values and indices, `[k,B]` each."""
-        checked_count("k", k, len(self.labels))
-        terms = jnp.moveaxis(self.terms, 0, -1)
-        index = jax.lax.top_k(jnp.abs(terms), k)[1]
-        value = jnp.take_along_axis(terms, index, -1)
-        return jnp.moveaxis(value, -1, 0), jnp.moveaxis(index, -1, 0)
 
 
 def logit_attribution(
@@ -93,6 +82,8 @@ def logit_attribution(
     against: Ids | None = None,
     by: str = "component",
     position: int | Array | None = -1,
+    layers: tuple[int, ...] | None = None,
+    kinds: tuple[str, ...] | None = None,
     mask: Mask | None = None,
     check: bool = False,
 ) -> LogitAttribution:
@@ -111,14 +102,18 @@ def logit_attribution(
             which nothing is run again.
         targets: token ids, an int or `[B]`; `[B,T]` with `position=None`.
         against: token ids whose logit is subtracted, or None.
-        by: "component", "head", "neuron" or "expert" (kinds as in `decompose`).
+        by: "component", "head", "neuron", "expert" or "source" (kinds as in `decompose`).
         position: counted in real tokens (-1 is each row's last): an int or `[B]`. None for every
             position.
+        layers: the terms of these layers only (and of the embedding): no others are computed.
+        kinds: the terms of these kinds only, such as `("head",)`.
         mask: `[B,T]`, with token ids.
         check: also check the values of arrays that are on an accelerator.
 
     Returns:
-        `.terms [C,B]` and their labels; `[C,B,T]` with `position=None`, zero at padding.
+        `.terms [C,B]` and their labels; `[C,B,T]` with `position=None`, zero at padding. In memory
+        that is all: heads, neurons and patterns exist for one layer at a time. For the largest
+        terms alone see `top_attribution`.
 
     Raises:
         NotCapturedError: if a stream is given that lacks a field or position.
@@ -135,16 +130,56 @@ def logit_attribution(
     Reference:
         Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.
     """
+    ask = asked(model, tokens, targets, against=against, by=by, position=position, layers=layers,
+                kinds=kinds, mask=mask, check=check)  # fmt: skip
+    about = (ask.position, ask.targets, ask.against)
+    if ask.stream is None:
+        return _run_and_attribute(model, ask.tokens, ask.mask, *about, **ask.options)
+    return _attribute(model, ask.stream, *about, column=ask.column, **ask.options)
+
+
+class Asked(NamedTuple):
+    """The checked arguments of an attribution: a stream, or what to run; and what is static."""
+
+    stream: ResidualStream | None
+    tokens: Array
+    mask: Array | None
+    position: Array | None
+    targets: Array
+    against: Array | None
+    column: int | None
+    options: dict[str, Any]
+
+
+def asked(
+    model: Transformer,
+    tokens: Any,
+    targets: Any,
+    *,
+    against: Any,
+    by: Any,
+    position: Any,
+    layers: Any,
+    kinds: Any,
+    mask: Any,
+    check: bool,
+) -> Asked:
+    """The arguments of `logit_attribution`, checked."""
     config = model.config
     checked_by(config, by)
+    options = {
+        "by": by,
+        "layers": checked_layers(layers, config.n_layers),
+        "kinds": checked_kinds(kinds),
+    }
     stream = stream_of(tokens, mask)
     if stream is None:
         tokens, mask = checked_tokens(config, tokens, mask, check=check)
         shape = tokens.shape
     else:
-        stream.need("mask", all_layers=True)
+        stream.need("mask", all_layers=layers is None, all_positions=by in WHOLE)
         shape, mask = stream.mask.shape, stream.mask
-    held = None if stream is None else stream.positions
+    held, column = None if stream is None else stream.positions, None
     if position is None:
         shape = shape if held is None else (*shape[:-1], len(held))
     else:
@@ -157,11 +192,7 @@ def logit_attribution(
     targets = checked_ids(config, targets, shape, check=check)
     if against is not None:
         against = checked_ids(config, against, shape, name="against", check=check)
-    if stream is None:
-        return _run_and_attribute(model, tokens, mask, position, targets, against, by=by)
-    if position is not None and column is not None:
-        return _attribute(model, stream, None, targets, against, by=by, column=column)
-    return _attribute(model, stream, position, targets, against, by=by, column=None)
+    return Asked(stream, tokens, mask, position, targets, against, column, options)
 
 
 def _column(position: Any, held: tuple[int, ...]) -> int:
@@ -177,74 +208,80 @@ def _column(position: Any, held: tuple[int, ...]) -> int:
     return chosen.pop()
 
 
-@compiled("by", "column")
-def _attribute(model, stream, position, targets, against, *, by, column):
+@compiled("by", "layers", "kinds", "column")
+def _attribute(model, stream, position, targets, against, *, by, layers, kinds, column):
+    one = position is not None
     if column is not None:
-        stream, number = located(stream, (column,))
-    elif position is not None:
+        stream, number = located(stream, (column,), by)
+    elif one:
         number = Places.of(stream.mask.shape, stream.mask).number(position[..., None])
-        stream = stream.at(position[..., None])
+        stream = stream.at(position[..., None], whole=WHOLE.get(by, ()))
     else:
-        stream, number = located(stream, None)
-    if column is None and position is None:
-        return attribution(model, stream, number, targets, against, by)
-    return attribution(model, stream.squeezed(), number[..., 0], targets, against, by, jnp.nan)
+        stream, number = located(stream, None, by)
+    reading = readout_of(model, targets, against, one)
+    return stacked(model, stream, number, reading, by=by, layers=layers, kinds=kinds)
 
 
-@compiled("by")
-def _run_and_attribute(model, tokens, mask, position, targets, against, *, by):
+@compiled("by", "layers", "kinds")
+def _run_and_attribute(model, tokens, mask, position, targets, against, *, by, layers, kinds):
     places = Places.of(tokens.shape, mask)
-    at, number = None, places.position
-    if position is not None:
-        at = position[:, None]
-        number = places.number(at)[:, 0]
-    fields = (*fields_for(model.config, by), "final", "norm_final_scale")
+    at = None if position is None else position[:, None]
+    number = places.position if at is None else places.number(at)
+    reading = readout_of(model, targets, against, position is not None)
+    if layers is None and not model.config.norms_stream:
+        passed = in_scan(model, tokens, mask, at, reading.direction, by=by, kinds=kinds,
+                         state=None, step=lambda state, layer, found: (state, found))  # fmt: skip
+        stream = outside_of(passed, places, at)
+        names, first = embeddings(model, stream, number, kinds)
+        labels = labels_in_scan(model, names, passed.found, kinds)
+        first = contract("C...D,...D->C...", first, reading.direction)
+        values = assembled(first, passed.found, labels)
+        return attribution(model, stream, reading, values, labels, kinds is None)
+    fields = (*fields_for(model.config, by, kinds), "final", "norm_final_scale")
+    every = model.config.stream_dtype is not None or model.config.norms_stream
     stream = model.after_embedding(
-        model.embed(tokens, mask=mask), mask=mask, capture=Capture(fields), at=at
+        model.embed(tokens, mask=mask),
+        mask=mask,
+        capture=Capture(fields, layers=None if every else layers),
+        at=at,
+        whole=WHOLE.get(by, ()),
     ).residuals
-    if position is None:
-        return attribution(model, stream, number, targets, against, by)
-    return attribution(model, stream.squeezed(), number, targets, against, by, jnp.nan)
+    return stacked(model, stream, number, reading, by=by, layers=layers, kinds=kinds)
+
+
+def stacked(
+    model: Transformer,
+    stream: ResidualStream,
+    number: Array,
+    reading: Readout,
+    *,
+    by: str,
+    layers: tuple[int, ...] | None,
+    kinds: Kinds,
+) -> LogitAttribution:
+    """The attribution of a located stream, which holds what its terms are made of."""
+    n = model.config.n_layers
+    stream.need("final", *(() if model.norm_final is None else ("norm_final_scale",)))
+    found = terms(model, stream, number, Span((n, n)), by=by, layers=layers, kinds=kinds)
+    values = Decomposition(*found).along(reading.direction)
+    complete = layers is None and kinds is None
+    return attribution(model, stream, reading, values, found.labels, complete)
 
 
 def attribution(
     model: Transformer,
     stream: ResidualStream,
-    position: Array,
-    targets: Array,
-    against: Array | None,
-    by: str,
-    absent: float = 0,
+    reading: Readout,
+    values: Float[Array, "C B T"],
+    labels: Labels,
+    complete: bool,
 ) -> LogitAttribution:
-    """The uncompiled method, on a located stream: one target for each of its vectors.
-
-    Where the mask says that there is no vector, the result is `absent`.
-    """
-    config = model.config
-    stream.need("final", *(() if model.norm_final is None else ("norm_final_scale",)))
-    parts = factors(model, stream, position, ends=(config.n_layers, config.n_layers), by=by)
-    u = model.unembedding(targets)
-    if against is not None:
-        u = u - model.unembedding(against)
-    bias = model.unembedding_bias(targets)
-    if against is not None:
-        bias = bias - model.unembedding_bias(against)
-    r, offset = logit_direction(model, u)
-    scale = jnp.ones_like(r[..., 0]) if model.norm_final is None else stream.norm_final_scale
-    logit = contract("...D,...D->...", model.final_norm(stream.final), u) + bias
-    terms = jnp.where(stream.mask[None], parts.along(r) / scale[None], absent)
-    constant, logit = (jnp.where(stream.mask, x, absent) for x in (offset + bias, logit))
-    gap = ratio(jnp.abs(terms.sum(0) + constant - logit), jnp.abs(terms).sum(0))
-    return LogitAttribution(
-        terms=terms, constant=constant, logit=logit, gap=gap, labels=parts.labels
+    """The result, from each term's product with the direction; NaN where there is no position."""
+    read = reading.of(model, stream)
+    terms = jnp.where(stream.mask[None], values / read.scale[None], reading.absent)
+    rest = read.logit - read.constant - terms.sum(0)
+    gap = ratio(jnp.abs(rest), jnp.abs(terms).sum(0)) if complete else jnp.full_like(rest, jnp.nan)
+    result = LogitAttribution(
+        terms=terms, constant=read.constant, logit=read.logit, rest=rest, gap=gap, labels=labels
     )
-
-
-def logit_direction(model: Transformer, u: Float[Array, "... D"]) -> tuple[Array, Array]:
-    """The stream direction `r` and the constant with `norm(x) . u = x . r / s + constant`."""
-    if model.norm_final is None:
-        return u, jnp.zeros(u.shape[:-1], u.dtype)
-    r = model.norm_final.centre(model.norm_final.gained(u))
-    if model.norm_final.b is None:
-        return r, jnp.zeros(u.shape[:-1], u.dtype)
-    return r, contract("...D,D->...", u, model.norm_final.b[...])
+    return jax.tree.map(lambda x: x[..., 0], result) if reading.one else result

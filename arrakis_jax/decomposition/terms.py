@@ -1,7 +1,6 @@
-"""The terms that a stream is the sum of, as factors: what direct.py and readout.py stand on."""
+"""The terms that a stream is the sum of: what direct.py, readout.py and change.py stand on."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,391 +8,221 @@ import numpy as np
 
 from arrakis_jax.axes import Array, Float, Int
 from arrakis_jax.config import ModelConfig
+from arrakis_jax.decomposition.carry import Carry
+from arrakis_jax.decomposition.factors import AnyFactor, Factor
+from arrakis_jax.decomposition.parts import (
+    ATTENTION,
+    ATTENTION_KINDS,
+    FIRST_KINDS,
+    KINDS,
+    MLP,
+    MLP_KINDS,
+    Part,
+    wants,
+)
+from arrakis_jax.errors import expected
 from arrakis_jax.labels import Kind, Labels, Segment
 from arrakis_jax.nn.block import Block
-from arrakis_jax.nn.norm import Norm
-from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.numerics import contract, norm
-from arrakis_jax.residuals import Record, ResidualStream
+from arrakis_jax.nn.transformer import Layer, Transformer
+from arrakis_jax.residuals import UNSTACKED, ResidualStream
 
-_MLP = ("mlp_act", "shared_act", "routing", "norm_mlp_out_scale")
-CAPTURE = {
-    "component": ("embed", "attn_out", "mlp_out"),
-    "head": ("embed", "z", "norm_attn_out_scale", "mlp_out"),
-    "neuron": ("embed", "attn_out", *_MLP),
-    "expert": ("embed", "attn_out", "mlp_out", *_MLP),
-}
-BY = tuple(CAPTURE)
 STREAM_NORMS = ("norm_attn_scale", "norm_mlp_scale")
+Kinds = tuple[str, ...] | None
 
 
-def fields_for(config: ModelConfig, by: str) -> tuple[str, ...]:
+def fields_for(config: ModelConfig, by: str, kinds: Kinds = None) -> tuple[str, ...]:
     """The fields that the terms of this model need: with a rounded stream, what was rounded too."""
     rounded = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "final")
     names = (
-        *CAPTURE[by],
+        "embed",
+        *(ATTENTION[by] if wants(kinds, ATTENTION_KINDS) else ()),
+        *(MLP[by] if wants(kinds, MLP_KINDS) else ()),
         *(rounded if config.stream_dtype else ()),
         *(STREAM_NORMS if config.norms_stream else ()),
     )
     return tuple(dict.fromkeys(names))  # each once, in this order
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, repr=False)
-class Factor(Record):
-    """The m terms of one kind in every layer of a segment.
+class Span(NamedTuple):
+    """Which writes: of how many layers attention and MLP stand before it, and before its end."""
 
-    Attributes:
-        coefficient: a vector's `[L,B,T,D]`, or `[L,B,T,m,K]`: heads' z, neurons' activations...
-        direction: None, or what the coefficients multiply, `[L,m,K,D]`: heads' w_o, neurons' w_out.
-    """
-
-    coefficient: Array
-    direction: Array | None = None
-
-    def project(self, directions: Float[Array, "N D"]) -> Float[Array, "L m B T N"]:
-        """Inner products with directions."""
-        if self.direction is None:
-            return contract("L...D,ND->L...N", self.coefficient, directions)[:, None]
-
-        def of_layer(layer: tuple[Array, Array]) -> Array:
-            coefficient, w_mKD = layer
-            return contract(
-                "...mK,NmK->m...N", coefficient, contract("mKD,ND->NmK", w_mKD, directions)
-            )
-
-        return jax.lax.map(of_layer, (self.coefficient, self.direction))
-
-    def along(self, direction: Float[Array, "B T D"]) -> Float[Array, "L m B T"]:
-        """Inner products with one direction per position."""
-        if self.direction is None:
-            return contract("L...D,...D->L...", self.coefficient, direction)[:, None]
-
-        def of_layer(layer: tuple[Array, Array]) -> Array:
-            coefficient, w_mKD = layer
-            read = contract("mKD,...D->...mK", w_mKD, direction)
-            return contract("...mK,...mK->m...", coefficient, read)
-
-        return jax.lax.map(of_layer, (self.coefficient, self.direction))
-
-    def norms(self) -> Float[Array, "L m B T"]:
-        """Euclidean norms."""
-        if self.direction is None:
-            return norm(self.coefficient)[:, None]
-
-        def of_layer(layer: tuple[Array, Array]) -> Array:
-            coefficient, w_mKD = layer
-            w_mKD = w_mKD.astype(jnp.promote_types(w_mKD.dtype, jnp.float32))
-            if w_mKD.shape[1] == 1:
-                size_m = norm(w_mKD[:, 0])
-                return contract("...m,m->m...", jnp.abs(coefficient[..., 0]), size_m)
-            # |z W| = |z R^T| with W^T = Q R: exact, in K dimensions in place of D.
-            r_mJK = jnp.linalg.qr(jnp.swapaxes(w_mKD, -1, -2), mode="r")
-            return norm(contract("...mK,mJK->m...J", coefficient, r_mJK))
-
-        return jax.lax.map(of_layer, (self.coefficient, self.direction))
-
-    def expand(self) -> Float[Array, "L m B T D"]:
-        """The vectors."""
-        if self.direction is None:
-            return self.coefficient[:, None]
-        return contract("L...mK,LmKD->Lm...D", self.coefficient, self.direction)
-
-    def first(self, n: int) -> "Factor":
-        """The terms of the first n layers."""
-        return jax.tree.map(lambda x: x[:n], self)
+    ends: tuple[int, int]
+    begins: tuple[int, int] = (0, 0)
 
 
-Terms = list[tuple[Kind, Factor]]
+class Summands(NamedTuple):
+    """The terms before the layers, those of each segment of layers, and what they are."""
+
+    first: Array
+    layered: tuple[tuple[AnyFactor, ...], ...]
+    labels: Labels
 
 
 def terms(
     model: Transformer,
     stream: ResidualStream,
     position: Int[Array, "..."],
+    span: Span,
     *,
-    ends: tuple[int, int],
     by: str,
     layers: tuple[int, ...] | None = None,
-) -> tuple[Array, tuple[tuple[Factor, ...], ...], Labels]:
-    """The terms before the layers, those of each segment of layers, and what they are.
+    kinds: Kinds = None,
+    origin: Float[Array, "B T D"] | None = None,
+) -> Summands:
+    """The terms written in a span of the model. The stream may have any axes between L and D.
 
-    `ends` counts the layers whose attention and whose MLP are written. The stream may have any
-    axes between L and D.
+    `origin` is the stream where a span begins that does not begin with the embedding.
     """
     config = model.config
     stream.need(
-        *fields_for(config, by),
+        *fields_for(config, by, kinds),
         all_layers=config.stream_dtype is not None or config.norms_stream,
     )
-    wanted = tuple(range(ends[0])) if layers is None else tuple(i for i in layers if i < ends[0])
-    names, first = ("embed",), stream.embed[None].astype(config.acc)
-    if model.w_pos is not None:
-        pos = jnp.where(stream.mask[..., None], model.embed_positions(position), 0)
-        names, first = ("embed", "pos"), jnp.stack([stream.embed - pos, pos])
+    ends, begins = span
+    listed = range(min(begins), ends[0])
+    wanted = tuple(listed) if layers is None else tuple(i for i in layers if i in listed)
     carry = Carry(model, stream, sum(ends)) if config.norms_stream and sum(ends) else None
-    if carry is not None:
-        first = carry(Factor(first), np.zeros(len(names), int)).coefficient
+    names, first = _before(model, stream, position, kinds, carry, sum(begins), origin)
 
-    layered, segments, dropped = [], [], 0
+    layered, segments, dropped, skipped = [], [], 0, 0
     for i, (block, own) in enumerate(model.parts()):
-        listed = tuple(layer for layer in wanted if layer in own)
-        if not listed:
+        here = tuple(layer for layer in wanted if layer in own)
+        if not here:
             continue
-        part = Part(config, block, stream, i, own, listed)
-        before, after = part.attention(by), part.mlp(by)
+        before, after = _stacked(model, stream, i, block, own, here, by, kinds)
         if carry is not None:
-            before, after = carry.terms(before, listed, 0), carry.terms(after, listed, 1)
-        written = sum(layer < ends[1] for layer in listed) if after else len(listed)
-        dropped += (len(listed) - written) * sum(kind.count for kind, _ in after)
-        after = [(kind, factor.first(written)) for kind, factor in after]
-        segments.append(Segment(listed, tuple(kind for kind, _ in (*before, *after))))
-        layered.append(tuple(factor for _, factor in (*before, *after)))
-    return first, tuple(layered), Labels(names, tuple(segments), dropped=dropped)
+            before, after = carry.terms(before, here, 0), carry.terms(after, here, 1)
+        before, after = (
+            tuple(f for f in half if kinds is None or f.kind.name in kinds)
+            for half in (before, after)
+        )
+        written = sum(layer < ends[1] for layer in here) if after else len(here)
+        dropped += (len(here) - written) * sum(f.kind.count for f in after)
+        if here[0] < begins[0]:
+            skipped = sum(f.kind.count for f in before)
+        after = jax.tree.map(lambda x, n=written: x[:n], after)
+        segments.append(Segment(here, tuple(f.kind for f in (*before, *after))))
+        layered.append((*before, *after))
+    labels = Labels(names, tuple(segments), dropped=dropped, skipped=skipped)
+    check_found(kinds, labels)
+    return Summands(first, tuple(layered), labels)
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some layers of one segment: what they write.
+def checked_kinds(kinds: Any) -> Kinds:
+    """A selection of kinds as a tuple; TypeError or ValueError for what is none."""
+    if kinds is None:
+        return None
+    if isinstance(kinds, str) or not all(isinstance(kind, str) for kind in kinds):
+        raise TypeError(expected("kinds", "a tuple of names", repr(kinds), "such as ('head',)"))
+    kinds = tuple(dict.fromkeys(kinds))
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise ValueError(expected("kinds", f"made of {KINDS}", unknown or kinds, "name some"))
+    return kinds
 
-    Attributes:
-        config: the model's.
-        block: the segment's parameters.
-        stream: a captured stream.
-        index: which segment it is.
-        own: its layers.
-        listed: those whose terms are wanted.
+
+def check_found(kinds: Kinds, labels: Labels) -> None:
+    """Raises ValueError if kinds were asked for of which there are no terms."""
+    found = {k.name for segment in labels.segments for k in segment.kinds} | set(labels.first)
+    absent = [kind for kind in kinds or () if kind not in found]
+    if absent:
+        do = "this model, `by` or span has no such terms"
+        raise ValueError(expected("kinds", "kinds of terms that there are", absent, do))
+
+
+def _before(
+    model: Transformer,
+    stream: ResidualStream,
+    position: Array,
+    kinds: Kinds,
+    carry: Carry | None,
+    start: int,
+    origin: Array | None,
+) -> tuple[tuple[str, ...], Array]:
+    """What is there before the layers: the embeddings, or where a span begins later, nothing.
+
+    But for what norms on the stream change of the stream there, which is a term of its own.
     """
+    acc = model.config.acc
+    if origin is not None:
+        names, first = ("norm",), origin[None].astype(acc)
+        if carry is None:
+            return (), first[:0]
+    else:
+        names, first = embeddings(model, stream, position)
+    if carry is not None:
+        whole = Factor(first, None, Kind("embed"))
+        carried = carry(whole, np.full(len(names), start)).coefficient
+        first = carried if origin is None else carried - first
+    return _kept(names, first, kinds)
 
-    config: ModelConfig
-    block: Block
-    stream: ResidualStream
-    index: int
-    own: range
-    listed: tuple[int, ...]
 
-    def attention(self, by: str) -> Terms:
-        """The terms of attention."""
-        if by == "head":
-            attn = self.block.attn
-            found = [(Kind("head", range(self.config.n_heads)), self._of("z"), self._w(attn.w_o))]
-            if attn.b_o is not None:
-                found.append((Kind("attn_bias"), self._ones(), self._w(attn.b_o)[:, None, None]))
-            parts = self._written(found, "attn", 0)
-        else:
-            parts = [(Kind("attn"), Factor(self._of("attn_out")))]
-        if self.config.stream_dtype is None or self.config.parallel:
-            return parts
-        rounding = self._of("resid_mid").astype(self.config.acc)
-        rounding = rounding - self._of("resid_pre") - self._of("attn_out")
-        return [*parts, (Kind("attn_rounding"), Factor(rounding))]
+def _kept(names: tuple[str, ...], first: Array, kinds: Kinds) -> tuple[tuple[str, ...], Array]:
+    """Those of the terms that are of these kinds."""
+    kept = [i for i, name in enumerate(names) if kinds is None or name in kinds]
+    return tuple(names[i] for i in kept), first[np.array(kept, int)]
 
-    def mlp(self, by: str) -> Terms:
-        """The terms of the MLP or the experts."""
-        mlp, moe = self.block.mlp, self.block.moe
-        if mlp is None and moe is None:
-            parts = []
-        elif by == "neuron":
-            parts = self._written(self._neurons(), "mlp", 1)
-        elif by == "expert" and moe is not None:
-            parts = self._written(self._experts(), "mlp", 1)
-        else:
-            parts = [(Kind("mlp"), Factor(self._of("mlp_out")))]
-        if self.config.stream_dtype is None or (not parts and not self.config.parallel):
-            return parts
-        before = ("resid_pre", "attn_out") if self.config.parallel else ("resid_mid",)
-        rounding = self.stream.resid_post[self._rows].astype(self.config.acc)
-        for name in (*before, *(("mlp_out",) if parts else ())):
-            rounding = rounding - self._of(name)
-        return [*parts, (Kind("mlp_rounding"), Factor(rounding))]
 
-    def _neurons(self) -> list[tuple[Kind, Array, Array]]:
-        """Every hidden unit: its activation, and its row of `w_out`."""
-        mlp, moe = self.block.mlp, self.block.moe
-        if mlp is not None:
-            found = [(Kind("neuron", range(self.config.d_mlp)), self._of("mlp_act")[..., None],
-                      self._w(mlp.w_out)[:, :, None])]  # fmt: skip
-            if mlp.b_out is not None:
-                found.append((Kind("mlp_bias"), self._ones(), self._w(mlp.b_out)[:, None, None]))
-            return found
-        assert moe is not None
-        act, gate = self._by_expert()
-        units, rows = act.reshape(*gate.shape[:-1], -1), self._w(moe.w_out)
-        rows = rows.reshape(rows.shape[0], -1, rows.shape[-1])
-        gates, biases = [gate], [] if moe.b_out is None else [self._w(moe.b_out)]
-        if moe.shared is not None:
-            shared, weight = self._shared()
-            units = jnp.concatenate([units, shared], -1)
-            rows = jnp.concatenate([rows, self._w(moe.shared.w_out)], 1)
-            if moe.shared.b_out is not None:
-                gates.append(weight[..., None])
-                biases.append(self._w(moe.shared.b_out)[:, None])
-        found = [(Kind("neuron", range(units.shape[-1])), units[..., None], rows[:, :, None])]
-        if biases:
-            gate, bias = jnp.concatenate(gates, -1), jnp.concatenate(biases, 1)
-            kind = Kind("mlp_bias", range(gate.shape[-1]))
-            found.append((kind, gate[..., None], bias[:, :, None]))
-        return found
+def embeddings(
+    model: Transformer, stream: ResidualStream, position: Array, kinds: Kinds = None
+) -> tuple[tuple[str, ...], Float[Array, "n B T D"]]:
+    """The terms of the embedding that are of these kinds, and their kinds."""
+    first = stream.embed[None].astype(model.config.acc)
+    if model.w_pos is None:
+        return _kept(FIRST_KINDS[:1], first, kinds)
+    pos = jnp.where(stream.mask[..., None], model.embed_positions(position), 0)
+    return _kept(FIRST_KINDS, jnp.stack([stream.embed - pos, pos]), kinds)
 
-    def _experts(self) -> list[tuple[Kind, Array, Array]]:
-        """Every expert: its units' activations and one for its bias, and what they multiply."""
-        moe = self.block.moe
-        assert moe is not None
-        act, gate = self._by_expert()
-        rows = self._w(moe.w_out)
-        if moe.b_out is not None:
-            act = jnp.concatenate([act, gate[..., None]], -1)
-            rows = jnp.concatenate([rows, self._w(moe.b_out)[:, :, None]], 2)
-        found = [(Kind("expert", range(self.config.n_experts)), act, rows)]
-        if moe.shared is not None:
-            act, gate = self._shared()
-            rows = self._w(moe.shared.w_out)
-            if moe.shared.b_out is not None:
-                act = jnp.concatenate([act, gate[..., None]], -1)
-                rows = jnp.concatenate([rows, self._w(moe.shared.b_out)[:, None]], 1)
-            found.append((Kind("shared_expert"), act[..., None, :], rows[:, None]))
-        return found
 
-    def _by_expert(self) -> tuple[Float[Array, "L ... E F"], Float[Array, "L ... E"]]:
-        """Activations times routing weights, and routing weights: zero for experts not used."""
-        routing, acc = self._of("routing"), self.config.acc
-        hot = jax.nn.one_hot(routing.index, self.config.n_experts, dtype=acc)
-        hot = hot * routing.weight[..., None]
-        return contract("...kE,...kF->...EF", hot, self._of("mlp_act")), hot.sum(-2)
-
-    def _shared(self) -> tuple[Float[Array, "L ... F"], Float[Array, "L ..."]]:
-        """The shared expert's activations times its gate, and the gate."""
-        gate = self._of("routing").shared
-        return self._of("shared_act").astype(self.config.acc) * gate[..., None], gate
-
-    def _written(self, found: list[tuple[Kind, Array, Array]], what: str, index: int) -> Terms:
-        """The factors as they reach the stream: through a norm of the output, and scaled."""
-        output: Norm | None = getattr(self.block, f"norm_{what}_out")
-        acc, scale = self.config.acc, self.config.residual_scale
-        if output is not None:
-            scale = scale / self._of(f"norm_{what}_out_scale")[..., None, None]
-        parts = []
-        for kind, coefficient, direction in found:
-            if output is not None:
-                direction = output.centre(direction.astype(acc))
-                if output.gain is not None:
-                    direction = direction * output.gain[self._local][:, None, None]
-            parts.append((kind, Factor(coefficient.astype(acc) * scale, direction)))
-        if output is not None and output.b is not None:
-            ones = self._ones() * self.config.residual_scale
-            bias = Factor(ones, self._w(output.b)[:, None, None])
-            parts.append((Kind("norm_bias", range(index, index + 1)), bias))
-        return parts
-
-    def _ones(self) -> Float[Array, "L ... 1 1"]:
-        """What multiplies a bias: one at real tokens."""
-        real = self.stream.mask[..., None, None].astype(self.config.acc)
-        return jnp.broadcast_to(real, (len(self.listed), *real.shape))
-
-    def _w(self, param) -> Array:
-        """A parameter of the listed layers."""
-        return param[...][self._local]
-
-    def _of(self, name: str):
-        """A field of the stream at the listed layers."""
-        value = getattr(self.stream, name)
+def _stacked(
+    model: Transformer,
+    stream: ResidualStream,
+    i: int,
+    block: Block,
+    own: range,
+    listed: tuple[int, ...],
+    by: str,
+    kinds: Kinds,
+) -> tuple[tuple[AnyFactor, ...], tuple[AnyFactor, ...]]:
+    """The terms of attention and of the MLP of these layers of segment i, stacked."""
+    config = model.config
+    rows = _rows(stream, config, listed)
+    local = [i for i in stream.layers if i in own] if stream.layers is not None else own
+    local_rows = _places(local, listed)
+    fields = {}
+    for name in fields_for(config, by, kinds):
+        value = getattr(stream, name)
+        if name in UNSTACKED or value is None:
+            continue
         if isinstance(value, tuple):
-            held = self.stream.layers
-            held = self.own if held is None else [i for i in held if i in self.own]
-            return jax.tree.map(lambda x: x[_rows(held, self.listed)], value[self.index])
-        return jax.tree.map(lambda x: x[self._rows], value)
+            fields[name] = jax.tree.map(lambda x: x[local_rows], value[i])
+        else:
+            fields[name] = jax.tree.map(lambda x: x[rows], value)
+    blocks = jax.tree.map(lambda w: w[_places(own, listed)], block)
+    post = stream.resid_post[rows] if config.stream_dtype else None
 
-    @property
-    def _local(self) -> slice | np.ndarray:
-        return _rows(self.own, self.listed)
+    def one(block: Block, fields: dict[str, Any], post: Array) -> tuple:
+        about: dict[str, Any] = {n: getattr(stream, n) for n in ("mask", "lacks", "normed")}
+        part = Part(
+            config, Layer(block, jnp.zeros((), int), ResidualStream(**fields, **about), post)
+        )
+        before = part.attention(by) if wants(kinds, ATTENTION_KINDS) else ()
+        return before, part.mlp(by) if wants(kinds, MLP_KINDS) else ()
 
-    @property
-    def _rows(self) -> slice | np.ndarray:
-        """Where the listed layers stand on the L axis of the stream."""
-        held = self.stream.layers
-        if held is None:
-            return _rows(range(self.config.n_layers), self.listed)
-        if not set(self.listed) <= set(held):
-            self.stream.need(all_layers=True)
-        return _rows(held, self.listed)
+    return jax.vmap(one)(blocks, fields, post)
 
 
-def _rows(held, wanted: tuple[int, ...]) -> slice | np.ndarray:
+def _rows(stream: ResidualStream, config: ModelConfig, listed: tuple[int, ...]) -> Any:
+    """Where these layers stand on the L axis of the stream."""
+    held = range(config.n_layers) if stream.layers is None else stream.layers
+    if not set(listed) <= set(held):
+        stream.need(all_layers=True)
+    return _places(held, listed)
+
+
+def _places(held: Any, wanted: tuple[int, ...]) -> slice | np.ndarray:
     """Where these layers stand among others, as a slice if they follow one another."""
     rows = [list(held).index(layer) for layer in wanted]
     if rows == list(range(rows[0], rows[0] + len(rows))):
         return slice(rows[0], rows[0] + len(rows))
     return np.array(rows)
-
-
-class Carry:
-    """The linear maps of norms on the stream itself, with their scales frozen.
-
-    Norm j (two a layer) takes every term c that is there before it to `gain * centre(c) / s_j`.
-    The scale differs from position to position: it goes to the coefficients. The rest goes to the
-    directions. Each is divided by the typical scale, or the other way round, so that neither grows.
-    """
-
-    def __init__(self, model: Transformer, stream: ResidualStream, n_norms: int):
-        """The first n norms of the model."""
-        blocks = [block for block, _ in model.parts()]
-        pairs: list[list[Any]] = [[b.norm_attn for b in blocks], [b.norm_mlp for b in blocks]]
-
-        def alternating(stacks: list[Array]) -> Array:
-            stacked = jnp.stack(stacks, 1)
-            return stacked.reshape(-1, *stacked.shape[2:])[:n_norms]
-
-        scale = alternating([stream.norm_attn_scale, stream.norm_mlp_scale])
-        typical = jnp.exp(jnp.mean(jnp.log(scale), tuple(range(1, scale.ndim))))
-        ratios = typical.reshape(-1, *(1,) * (scale.ndim - 1)) / scale
-        ends = jnp.cumprod(jnp.flip(ratios, 0), 0)
-        # after[j]: the coefficients' share of norms j and later.
-        self.after = jnp.concatenate([jnp.flip(ends, 0), jnp.ones_like(scale[:1])])[: n_norms + 1]
-        acc = model.config.acc
-        self.gain = jnp.ones((1, model.config.d_model), acc) / typical[:, None]
-        if pairs[0][0].gain is not None:
-            gains = [jnp.concatenate([n.gain for n in norms]) for norms in pairs]
-            self.gain = self.gain * alternating(gains)
-        self.real = stream.mask[..., None, None].astype(acc)
-        self.bias = None
-        if pairs[0][0].b is not None:
-            self.bias = alternating(
-                [jnp.concatenate([n.b[...].astype(acc) for n in norms]) for norms in pairs]
-            )
-        self.centre = pairs[0][0].centre
-        self.before = int(model.config.norm_placement == "stream_before")
-        self.n_norms = n_norms
-
-    def __call__(self, factor: Factor, start: np.ndarray) -> Factor:
-        """Terms after the norms from `start` on, one number for each row of the factor."""
-        rows = jnp.asarray(start)
-        if factor.direction is None:
-            share = self.after[rows][..., None]
-            return Factor(self._mapped(factor.coefficient, rows) * share)
-        share = self.after[rows][..., None, None]
-        return Factor(factor.coefficient * share, self._mapped(factor.direction, rows))
-
-    def _mapped(self, x: Array, start: Int[Array, " n"]) -> Array:
-        start = start.reshape(-1, *(1,) * (x.ndim - 1))
-        x = x.astype(self.gain.dtype)
-
-        def step(x: Array, norm: tuple[Array, Array]) -> tuple[Array, None]:
-            j, gain = norm
-            mapped = self.centre(x) * gain.reshape(*(1,) * (x.ndim - 1), -1)
-            return jnp.where(start <= j, mapped, x), None
-
-        return jax.lax.scan(step, x, (jnp.arange(self.n_norms), self.gain))[0]
-
-    def terms(self, written: Terms, layers: tuple[int, ...], half: int) -> Terms:
-        """What attention (half 0) or MLP (1) wrote, after the norms; and its norm's bias."""
-        norms = 2 * np.array(layers) + half
-        start = np.minimum(norms + self.before, self.n_norms)
-        carried = [(kind, self(factor, start)) for kind, factor in written]
-        if self.bias is None:
-            return carried
-        # A norm that is not reached (the last layer's MLP at resid_mid) is cut off later.
-        bias = self.bias[np.minimum(norms, self.n_norms - 1)][:, None, None]
-        ones = jnp.broadcast_to(self.real, (len(layers), *self.real.shape))
-        own = self(Factor(ones, bias), np.minimum(norms + 1, self.n_norms))
-        kind = Kind("norm_bias", range(half, half + 1))
-        return [(kind, own), *carried] if self.before else [*carried, (kind, own)]

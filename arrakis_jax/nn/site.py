@@ -20,6 +20,7 @@ class Sites:
         layer: the layer, as a traced scalar.
         mask: `[B,T]`, True at real tokens; None when every token is real.
         index, valid: `[B,N]`, the positions to record, or None for all.
+        whole: names of sites to record at every position all the same.
         records: what was recorded.
     """
 
@@ -30,6 +31,7 @@ class Sites:
     mask: Bool[Array, "B T"] | None = None
     index: Int[Array, "B N"] | None = None
     valid: Bool[Array, "B N"] | None = None
+    whole: frozenset[str] = frozenset()
     records: dict[str, Array] = field(default_factory=dict)
 
     def __call__(self, name: str, value: Array, *, axis: int = 1, at_padding: float = 0) -> Array:
@@ -40,8 +42,9 @@ class Sites:
             value = edit(name, self.layer, value)
         value = self.at_real(value, axis, at_padding)
         if name in self.capture:
+            index = None if name in self.whole else self.index
             self.records[name] = select_positions(
-                value, self.index, self.valid, axis, absent=at_padding
+                value, index, self.valid, axis, absent=at_padding
             )
         return value
 

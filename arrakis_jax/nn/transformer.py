@@ -185,16 +185,17 @@ class Transformer(nnx.Module):
         edits: Edits = (),
         taps: dict[str, Array] | None = None,
         at: Int[Array, "B N"] | None = None,
+        whole: tuple[str, ...] = (),
     ) -> ModelOutput:
         """The forward from the embedding on; `tokens` are only handed to the result.
 
         `at` are positions to record in place of the capture's; they may be traced. The result's
-        mask then says which of them exist.
+        mask then says which of them exist. Fields named in `whole` are recorded at every position.
         """
         capture = as_capture(capture)
         places = Places.of(x_BTD.shape[:2], mask)
         taps = {} if taps is None else taps
-        site = self._sites(places, capture, edits, at)
+        site = replace(self._sites(places, capture, edits, at), whole=frozenset(whole))
         outside = replace(site, taps={k: v for k, v in taps.items() if k in UNSTACKED}, records={})
         inside = {k: v for k, v in taps.items() if k not in UNSTACKED}
 
@@ -468,18 +469,37 @@ class Transformer(nnx.Module):
         if "logits" not in wanted:
             return ABSENT
         y_BND = select_positions(y_BTD, site.index, site.valid, axis=1)
-        if self.w_project_out is not None:
-            y_BND = product("BTD,DM->BTM", y_BND, self.w_project_out[...], config=self.config)
-        if self.w_u is None:
-            logits = product("BTM,VM->BTV", y_BND, self.w_e[...], config=self.config)
-        else:
-            logits = product("BTM,MV->BTV", y_BND, self.w_u[...], config=self.config)
-        if self.b_u is not None:
-            logits = logits + over(self.b_u[...].astype(logits.dtype), logits)
-        scale = self.config.logit_scale
-        logits = softcap(logits if scale == 1 else logits * scale, self.config.logit_softcap)
+        logits = self.unembed(y_BND)
         real = site.mask if site.index is None else site.valid
         return logits if real is None else jnp.where(real[..., None], logits, 0)
+
+    def unembed(
+        self,
+        y_BTD: Float[Array, "B T D"],
+        start: int | Int[Array, ""] = 0,
+        size: int | None = None,
+    ) -> Float[Array, "B T V"]:
+        """The logits of the normed stream; of `size` tokens from `start` (maybe traced) if given.
+
+        As in a dynamic slice, a start from which fewer are left is moved back.
+        """
+        config = self.config
+
+        def chosen(w: Array, axis: int) -> Array:
+            return w if size is None else jax.lax.dynamic_slice_in_dim(w, start, size, axis)
+
+        y_BTM = y_BTD
+        if self.w_project_out is not None:
+            y_BTM = product("BTD,DM->BTM", y_BTD, self.w_project_out[...], config=config)
+        if self.w_u is None:
+            logits = product("BTM,VM->BTV", y_BTM, chosen(self.w_e[...], 0), config=config)
+        else:
+            logits = product("BTM,MV->BTV", y_BTM, chosen(self.w_u[...], 1), config=config)
+        if self.b_u is not None:
+            b_u = chosen(self.b_u[...], 0).astype(logits.dtype)
+            logits = logits + over(b_u, logits)
+        scale = config.logit_scale
+        return softcap(logits if scale == 1 else logits * scale, config.logit_softcap)
 
 
 def _rows(table: Array, index: Array, axis: int = 0) -> Array:

@@ -37,7 +37,7 @@ def points(r, n_layers):
         yield ("resid_post", layer), r.resid_post[layer]
 
 
-BY = ["component", "head", "neuron", "expert"]
+BY = ["component", "head", "neuron", "expert", "source"]
 
 
 @pytest.mark.parametrize("by", BY)
@@ -57,7 +57,7 @@ def test_terms_sum_to_every_stream_point(variant, by):
     assert not np.asarray(parts.terms)[:, ~mask].any()
 
 
-@pytest.mark.parametrize("by", ["component", "head", "neuron"])
+@pytest.mark.parametrize("by", ["component", "head", "neuron", "source"])
 @pytest.mark.parametrize(
     "variant", ["llama3", "gpt2", "both", "stream_after", "stream_before", "mixed"]
 )

@@ -22,7 +22,7 @@ def last(values, mask):
     return np.stack([v[np.flatnonzero(m)[-1]] for v, m in zip(values, mask, strict=True)])
 
 
-@pytest.mark.parametrize("by", ["component", "head", "neuron", "expert"])
+@pytest.mark.parametrize("by", ["component", "head", "neuron", "expert", "source"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_terms_sum_to_the_models_own_logit(variant, by):
     m = model(variant)
@@ -52,7 +52,7 @@ def test_every_position_in_float64(variant, x64):
     tokens, mask, _ = batch()
     targets = np.random.default_rng(0).integers(31, size=tokens.shape)
     logits = np.asarray(run(m, tokens, mask=mask).logits)
-    for by in ("component", "head"):
+    for by in ("component", "head", "source"):
         found = logit_attribution(m, tokens, targets, by=by, mask=mask, position=None)
         assert found.gap.max() < 1e-12
         own = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
@@ -63,15 +63,15 @@ def test_every_position_in_float64(variant, x64):
 @pytest.mark.parametrize("drop", ["centring", "gain", "bias"])
 def test_each_part_of_the_norm_is_needed(drop, monkeypatch):
     """Mutations: without centring, gain or bias the terms no longer sum to the logit."""
-    from arrakis_jax.decomposition import readout
+    from arrakis_jax.decomposition import reading
 
     def broken(model, u):
         norm = model.norm_final
-        gained = u if drop == "gain" else u * norm.w[...][None]
-        offset = 0 * u[:, 0] if drop == "bias" else u @ norm.b[...]
+        gained = u if drop == "gain" else u * norm.w[...][None, None]
+        offset = 0 * u[..., 0] if drop == "bias" else u @ norm.b[...]
         return (gained if drop == "centring" else norm.centre(gained)), offset
 
-    monkeypatch.setattr(readout, "logit_direction", broken)
+    monkeypatch.setattr(reading, "logit_direction", broken)
     m = model("gpt2", vocab_size=37)
     tokens, mask, _ = batch(vocab=37)
     assert logit_attribution(m, tokens, TARGETS, mask=mask).gap.max() > 1e-3
