@@ -20,7 +20,7 @@ LAYERS = (
     ("edits",),
     ("nn",),
     ("forward",),
-    ("layers",),
+    ("layers", "points"),
     ("families",),
     ("checkpoint",),
     ("tokens",),

@@ -1,19 +1,20 @@
 """How far the stream moves between two points, at every position."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 
 from arrakis_jax.axes import Array, Float, Int
-from arrakis_jax.checks import Mask, Tokens, checked_layer, checked_tokens
+from arrakis_jax.checks import Mask, Tokens, checked_choice, checked_layer, checked_tokens
 from arrakis_jax.forward import compiled, stream_of
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.numerics import norm, ratio
+from arrakis_jax.points import Points, kept_places, over_points, point_capture, stream_points
 from arrakis_jax.residuals import Capture, ModelOutput, Record, ResidualStream
 
 _POSTS = Capture(("resid_pre", "final"))
-_POINTS = Capture(("resid_pre", "resid_mid", "final"))
+REDUCE = (None, "mean", "median", "ratio_of_means")
 
 
 @jax.tree_util.register_dataclass
@@ -37,11 +38,13 @@ class Movement(Record):
 class MovementMatrix(Movement):
     """The movement between all pairs of P stream points: `[P,P,B,T]`, from the first to the second.
 
+    Reduced over the tokens of the batch: `[P,P]`.
+
     Attributes:
         points: the points' names, as `(field, layer)`; the last is `("final", None)`.
     """
 
-    points: tuple[tuple[str, int | None], ...] = field(metadata={"static": True})
+    points: Points = field(metadata={"static": True})
 
 
 def movement(a: Float[Array, "... D"], b: Float[Array, "... D"]) -> Movement:
@@ -132,6 +135,8 @@ def movement_matrix(
     model: Transformer,
     tokens: Tokens | ResidualStream | ModelOutput,
     *,
+    reduce: str | None = None,
+    first: bool = True,
     mask: Mask | None = None,
     check: bool = False,
 ) -> MovementMatrix:
@@ -144,48 +149,82 @@ def movement_matrix(
     Args:
         model: the transformer.
         tokens: `[B,T]` token ids, or a captured stream (resid_pre, resid_mid and final).
+        reduce: None, or how the real tokens of the whole batch become one number for each pair,
+            while pairs are gone through: "mean"; "median"; or "ratio_of_means", the relative norm
+            as the mean of `|b - a|` over the mean of `|a|`, where "mean" is the mean of the tokens'
+            ratios (cosine and angle: the mean).
+        first: False leaves out each row's first real token. The stream there may be a hundred times
+            longer than elsewhere, and then rules a mean.
         mask: `[B,T]`, with token ids.
         check: also check the values of arrays that are on an accelerator.
 
     Returns:
         `[P,P,B,T]` arrays, from the first axis' point to the second's, and the points' names;
-        zero at padding.
+        zero at padding, and at tokens left out. `[P,P]` if reduced.
+
+    Raises:
+        ValueError: for another reducer, or if no token is left to reduce.
 
     Example:
         >>> model, tokenizer = demo_model()
-        >>> found = movement_matrix(model, encode(tokenizer, "Alice and Tom")[0])
+        >>> tokens, _ = encode(tokenizer, "Alice and Tom")
+        >>> found = movement_matrix(model, tokens)
         >>> found.points[1], found.angle.shape
         (('resid_mid', 0), (9, 9, 1, 4))
+        >>> movement_matrix(model, tokens, reduce="median", first=False).angle.shape
+        (9, 9)
+
+    Reference:
+        Gromov et al. 2024 for the angle; Sun et al. 2024 for the first position.
     """
-    stream = stream_of(tokens, mask)
-    if stream is not None:
-        stream.need(*_POINTS.fields, all_layers=True)
-        return _matrix(model, stream)
-    tokens, mask = checked_tokens(model.config, tokens, mask, check=check)
-    return _run_matrix(model, tokens, mask)
+    checked_choice("reduce", reduce, REDUCE)
+    least = 1 if reduce else 0
+    return over_points(
+        _run_matrix, _matrix, model, tokens, mask, check, first=first, least=least, reduce=reduce
+    )
 
 
-@compiled()
-def _run_matrix(model, tokens, mask):
-    return _all_pairs(model, model(tokens, mask=mask, capture=_POINTS).residuals)
+@compiled("reduce", "first")
+def _run_matrix(model, tokens, mask, *, reduce, first):
+    capture = point_capture(model.config)
+    return _all_pairs(model, model(tokens, mask=mask, capture=capture).residuals, reduce, first)
 
 
-@compiled()
-def _matrix(model, stream):
-    return _all_pairs(model, stream)
+@compiled("reduce", "first")
+def _matrix(model, stream, *, reduce, first):
+    return _all_pairs(model, stream, reduce, first)
 
 
-def _all_pairs(model: Transformer, stream: ResidualStream) -> MovementMatrix:
-    halves = not model.config.parallel and "mlp_out" not in stream.lacks
-    names = ("resid_pre", "resid_mid") if halves else ("resid_pre",)
-    stacks = jnp.stack([getattr(stream, name) for name in names], axis=1)
-    points = jnp.concatenate([stacks.reshape(-1, *stacks.shape[2:]), stream.final[None]])
+def _all_pairs(
+    model: Transformer, stream: ResidualStream, reduce: str | None, first: bool
+) -> MovementMatrix:
+    points, names = stream_points(model, stream)
+    kept = kept_places(stream, first)
+    n_kept = kept.sum()
+
+    def mean(value: Float[Array, "P B T"]) -> Float[Array, " P"]:
+        return jnp.where(kept[None], value, 0).reshape(len(value), -1).sum(-1) / n_kept
+
+    def median(value: Float[Array, "P B T"]) -> Float[Array, " P"]:
+        last = jnp.where(kept[None], value, jnp.inf).reshape(len(value), -1)
+        ordered = jnp.sort(last, -1)
+        middle = (ordered[:, (n_kept - 1) // 2] + ordered[:, n_kept // 2]) / 2
+        return jnp.where(jnp.isnan(mean(value)), jnp.nan, middle)
+
     # One row of pairs at a time: only one array of the points' own size exists beside them.
-    pairs = jax.lax.map(lambda a: movement(jnp.broadcast_to(a, points.shape), points), points)
-    labels = [(name, layer) for layer in range(model.config.n_layers) for name in names]
+    def from_point(a: Float[Array, "B T D"]) -> Movement:
+        a = jnp.broadcast_to(a, points.shape)
+        moved = movement(a, points)
+        if reduce is None:
+            return jax.tree.map(lambda x: jnp.where(kept[None], x, 0), moved)
+        reduced = jax.tree.map(median if reduce == "median" else mean, moved)
+        if reduce != "ratio_of_means":
+            return reduced
+        acc = jnp.promote_types(a.dtype, jnp.float32)
+        a, b = a.astype(acc), points.astype(acc)
+        return replace(reduced, relative_norm=ratio(mean(norm(b - a)), mean(norm(a))))
+
+    pairs = jax.lax.map(from_point, points)
     return MovementMatrix(
-        relative_norm=pairs.relative_norm,
-        cosine=pairs.cosine,
-        angle=pairs.angle,
-        points=(*labels, ("final", None)),
+        relative_norm=pairs.relative_norm, cosine=pairs.cosine, angle=pairs.angle, points=names
     )

@@ -15,7 +15,7 @@ from tests.models import batch, close, compilations, model
 def test_they_are_those_of_the_whole(variant, by, x64):
     m = model(variant, dtype="float64")
     tokens, mask, _ = batch()
-    k = 3 if by == "component" else 9
+    k = 3 if by == "component" or variant == "attention_only" else 9
     for position in (-1, None):
         about = dict(against=4, by=by, position=position, mask=mask)
         every = logit_attribution(m, tokens, 7, **about)

@@ -1,12 +1,15 @@
 """residual_movement and movement_matrix against numpy in float64, down to tiny changes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrakis_jax import NotCapturedError, movement_matrix, residual_movement, run
+from arrakis_jax import Capture, NotCapturedError, movement_matrix, residual_movement, run
 from arrakis_jax.movement.layers import movement
+from arrakis_jax.points import point_fields
 from tests.models import VARIANTS, batch, close, compilations, model
 
 
@@ -140,3 +143,89 @@ def test_bad_input():
         residual_movement(m, tokens, "0", 3)
     with pytest.raises(NotCapturedError, match="must be captured with .*'final'"):
         residual_movement(m, run(m, tokens, capture=("resid_pre",)), 0, 1)
+
+
+def left(mask, first):
+    return mask if first else mask & (np.cumsum(mask, 1) > 1)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("reduce", [None, "mean", "median", "ratio_of_means"])
+@pytest.mark.parametrize("variant", ["gpt2", "parallel", "stream_after"])
+def test_reducers_against_numpy(variant, reduce, first, x64):
+    m = model(variant, dtype="float64")
+    tokens, mask, _ = batch(side="holes")
+    r = run(m, tokens, mask=mask).residuals
+    found = movement_matrix(m, tokens, mask=mask, reduce=reduce, first=first)
+    kept = left(mask, first)
+    stream = [np.asarray(getattr(r, name) if layer is None else getattr(r, name)[layer])[kept]
+              for name, layer in found.points]  # fmt: skip
+    take = {"mean": np.mean, "median": np.median, "ratio_of_means": np.mean}.get(reduce, np.array)
+    for i, a in enumerate(stream):
+        for j, b in enumerate(stream):
+            relative, cosine, angle = by_hand(a, b)
+            if reduce == "ratio_of_means":
+                a_size, moved = (np.linalg.norm(x, axis=-1) for x in (a, b - a))
+                relative = moved.mean() / a_size.mean()
+            for name, value in zip(
+                ("relative_norm", "cosine", "angle"), (relative, cosine, angle), strict=True
+            ):
+                own = np.asarray(getattr(found, name)[i, j])
+                if reduce is None:
+                    assert not own[~kept].any()
+                    own = own[kept]
+                np.testing.assert_allclose(own, take(value), atol=1e-7, err_msg=name)
+
+
+def test_a_first_position_that_rules_the_mean():
+    """Means of ratios and of norms differ, and both differ without the first token."""
+    m = model("gpt2")
+    tokens, mask, _ = batch()
+    r = run(m, tokens, mask=mask).residuals
+    first = mask & (np.cumsum(mask, 1) == 1)
+    scale = np.where(first, 1e3, 1)[..., None].astype(np.float32)
+    huge = dataclasses.replace(r, **{
+        name: getattr(r, name) * (scale if name == "final" else scale[None])
+        for name in ("resid_mid", "final")
+    })  # fmt: skip
+    found = {(how, f): movement_matrix(m, huge, reduce=how, first=f).relative_norm[0, -1]
+             for how in ("mean", "median", "ratio_of_means") for f in (True, False)}  # fmt: skip
+    assert found["mean", True] > 20 * found["mean", False]
+    assert found["ratio_of_means", True] > 20 * found["ratio_of_means", False]
+    assert found["median", True] < 2 * found["median", False]
+    assert abs(found["mean", False] / found["ratio_of_means", False] - 1) > 1e-3
+
+
+def test_reduced_from_a_stream_at_some_positions():
+    m = model("llama")
+    tokens, mask, _ = batch()
+    whole = movement_matrix(m, tokens, mask=mask)
+    some = run(m, tokens, mask=mask, capture=Capture(point_fields(m.config), positions=(0, -1)))
+    last = np.array([np.flatnonzero(row)[-1] for row in mask])
+    values = np.asarray(whole.angle)[:, :, range(5), last]
+    single = mask.sum(1) == 1  # whose last token is their first
+    close(movement_matrix(m, some, first=False).angle[:, :, ~single, 1], values[..., ~single], 1e-4)
+    found = movement_matrix(m, some, reduce="mean", first=False)
+    close(found.angle, values[..., ~single].mean(-1), 1e-4)
+
+
+def test_pairs_of_all_tokens_never_exist_when_reduced():
+    m, tokens = model("llama", n_layers=8), jnp.zeros((4, 9), int)
+    p = 17
+    for reduce in ("mean", "median", "ratio_of_means"):
+        call = lambda t, reduce=reduce: movement_matrix(m, t, reduce=reduce)  # noqa: E731
+        shapes = str(jax.make_jaxpr(call)(tokens))
+        assert f"[{p},{p},4,9" not in shapes and f"[{p},{p}]" in shapes
+    assert f"[{p},{p},4,9" in str(jax.make_jaxpr(lambda t: movement_matrix(m, t))(tokens))
+
+
+def test_reduced_nan_stays_nan_and_bad_reducers():
+    m, tokens = model(), np.array([[1, 2, 3], [4, 99, 5]])
+    for reduce in ("mean", "median", "ratio_of_means"):
+        found = jax.jit(lambda t, reduce=reduce: movement_matrix(m, t, reduce=reduce))(tokens)
+        assert all(np.isnan(x).all() for x in jax.tree.leaves(found))
+    with pytest.raises(ValueError, match="`reduce` must be one of .*'median'.*, got 'max'"):
+        movement_matrix(m, tokens[:1], reduce="max")
+    with pytest.raises(ValueError, match="`tokens` must be 1 real tokens or more after each row's"):
+        movement_matrix(m, tokens[:1, :1], reduce="mean", first=False)
+    assert not movement_matrix(m, tokens[:1, :1], first=False).angle.any()

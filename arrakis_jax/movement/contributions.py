@@ -1,0 +1,143 @@
+"""How much each position brings to each other one in a layer.
+
+Euclidean norms come from products of heads, so that no vector exists for a pair of positions; sums
+of absolute values need those vectors, and build them in blocks of bounded size.
+"""
+
+from collections.abc import Callable
+from math import isqrt
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from arrakis_jax.axes import Array, Bool, Float, Int, over
+from arrakis_jax.layers import Read
+from arrakis_jax.numerics import contract, norm, ratio
+
+HEADS = 2**22  # the most elements of [B,S,H,D]: what each head brings from a block of sources
+PAIRS = 2**24  # the most elements of [B,T,S,D] or [B,T,S,H,D]: what a block of pairs exchanges
+
+
+def in_blocks(function: Callable[..., Any], size: int, *arrays: Array) -> Any:
+    """`function(first, *blocks)` of at most `size` entries of axis 1 at a time, joined there.
+
+    `first` is the index of a block's first entry.
+    """
+    n = arrays[0].shape[1]
+    count = -(-n // max(size, 1))
+    size = -(-n // count)
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, count * size - n), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
+
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], count * size, *x.shape[3:])[:, :n]
+
+    body = jax.checkpoint(lambda xs: function(*xs), prevent_cse=False)
+    firsts = size * jnp.arange(count)
+    return jax.tree.map(join, jax.lax.map(body, (firsts, *map(split, arrays))))
+
+
+def weights_of(read: Read) -> Float[Array, "B H T S"]:
+    """What multiplies `v[s,h] w_o[h]` on its way from s to t."""
+    return read.pattern * read.share[:, None, :, None]
+
+
+def on_diagonal(x: Float[Array, "B T S"], value: Float[Array, "B T"]) -> Float[Array, "B T S"]:
+    """`x` with these values from each position to itself."""
+    return jnp.where(_eye(x), value[..., None], x)
+
+
+def identity(real: Bool[Array, "B T"], dtype: Any) -> Float[Array, "B T S"]:
+    """Every real position from itself alone."""
+    shape = (*real.shape, real.shape[-1])
+    return on_diagonal(jnp.zeros(shape, dtype), real.astype(dtype))
+
+
+def normalised(x: Float[Array, "B T S"]) -> tuple[Float[Array, "B T S"], Float[Array, "B T"]]:
+    """Rows divided by their sums (0 by 0 is 0), and the sums."""
+    total = x.sum(-1)
+    return ratio(x, total[..., None]), total
+
+
+def to_itself(read: Read) -> Float[Array, "B T D"]:
+    """What heads bring from each position to itself."""
+    here_BTH = jnp.moveaxis(jnp.diagonal(weights_of(read), axis1=2, axis2=3), 1, 2)
+    return contract("BTHK,HKD->BTD", here_BTH[..., None] * read.v, read.w_o)
+
+
+def brought_norms(read: Read) -> Float[Array, "B T S"]:
+    """`|sum_h a[h,t,s] u[s,h]|` with `u = v w_o`: a quadratic form of `a` with the Gram of `u`."""
+    batch, n_heads = read.pattern.shape[:2]
+
+    def block(_: Int[Array, ""], a_BSHT: Array, v_BSHK: Array) -> Array:
+        u_BSHD = contract("BSHK,HKD->BSHD", v_BSHK, read.w_o)
+        gram_BSHN = contract("BSHD,BSND->BSHN", u_BSHD, u_BSHD)
+        return (contract("BSHN,BSNT->BSHT", gram_BSHN, a_BSHT) * a_BSHT).sum(2)
+
+    size = HEADS // (batch * n_heads * read.w_o.shape[-1])
+    a_BSHT = jnp.transpose(weights_of(read), (0, 3, 1, 2))
+    square_BTS = in_blocks(block, size, a_BSHT, read.v).swapaxes(1, 2)
+    zero = square_BTS <= 0  # rounding can make it negative; NaN is not, and stays
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square_BTS)))
+
+
+def mixing(read: Read) -> tuple[Float[Array, "B T S"], Float[Array, "B T"]]:
+    """Norms of what each position brings, the stream's own included, and the others' share."""
+    itself_BTD = to_itself(read)
+    kept_BT, others_BT = norm(itself_BTD + read.own), norm(read.brought - itself_BTD)
+    return on_diagonal(brought_norms(read), kept_BT), ratio(others_BT, others_BT + kept_BT)
+
+
+def nearness(part: Float[Array, "... D"], whole: Float[Array, "... D"]) -> Float[Array, "..."]:
+    """By how much a part brings zero nearer to the whole: `max(0, |y|_1 - |y - p|_1)`."""
+    # Term by term |y| - |y - p| = min(q, 2 |y| - q) with q = sign(y) p, which does not cancel.
+    q = jnp.where(whole < 0, -1, 1).astype(part.dtype) * part
+    return jnp.maximum(0, jnp.minimum(q, 2 * jnp.abs(whole) - q).sum(-1))
+
+
+def brought_nearness(
+    read: Read, whole: Float[Array, "B T D"], *, by_head: bool = False
+) -> Float[Array, "B T S"]:
+    """The nearness to `whole` of what each position brings; of each head's `[B,T,S,H]` if asked."""
+    batch, n_heads, length = read.pattern.shape[:3]
+    heads = n_heads if by_head else 1
+    pairs = max(1, PAIRS // (batch * heads * whole.shape[-1]))
+    n_sources = min(length, isqrt(pairs))
+    n_destinations = min(length, pairs // n_sources)
+
+    def from_sources(first: Int[Array, ""], a_BSTH: Array, v_BSHK: Array) -> Array:
+        u_BSHD = contract("BSHK,HKD->BSHD", v_BSHK, read.w_o)
+
+        def near(a_BTSH: Array, whole_BTD: Array) -> Array:
+            if by_head:
+                part_BTSHD = a_BTSH[..., None] * u_BSHD[:, None]
+                return nearness(part_BTSHD, whole_BTD[:, :, None, None])
+            part_BTSD = contract("BTSH,BSHD->BTSD", a_BTSH, u_BSHD)
+            return nearness(part_BTSD, whole_BTD[:, :, None])
+
+        def nothing(a_BTSH: Array, whole_BTD: Array) -> Array:
+            return jnp.zeros(a_BTSH.shape if by_head else a_BTSH.shape[:-1], whole_BTD.dtype)
+
+        def to_destinations(start: Int[Array, ""], a_BTSH: Array, whole_BTD: Array) -> Array:
+            earlier = start + a_BTSH.shape[1] <= first  # every destination before every source
+            return jax.lax.cond(earlier, nothing, near, a_BTSH, whole_BTD)
+
+        near_BTS = in_blocks(to_destinations, n_destinations, a_BSTH.swapaxes(1, 2), whole)
+        return near_BTS.swapaxes(1, 2)
+
+    a_BSTH = jnp.transpose(weights_of(read), (0, 3, 2, 1))
+    return in_blocks(from_sources, n_sources, a_BSTH, read.v).swapaxes(1, 2)
+
+
+def alti(read: Read) -> Float[Array, "B T S"]:
+    """The nearness of what each position brings, the stream's own included, to the sum."""
+    kept_BT = nearness(to_itself(read) + read.own, read.total)
+    return on_diagonal(brought_nearness(read, read.total), kept_BT)
+
+
+def _eye(x: Float[Array, "B T S"]) -> Bool[Array, "B T S"]:
+    return over(jnp.eye(x.shape[-1], dtype=bool), x)

@@ -1,0 +1,336 @@
+"""OV and QK matrices: algebra of the factors, and the forward's own scores and writes from them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from arrakis_jax import RopeScaling, run
+from arrakis_jax.circuits.matrices import Factored, ov_matrices, qk_matrices
+from tests.models import VARIANTS, close, compilations, model
+
+YARN = RopeScaling(
+    kind="yarn", factor=4.0, beta_fast=2.0, beta_slow=0.5, original_max_positions=8,
+    attention_factor=1.3,
+)  # fmt: skip
+LONGROPE = RopeScaling(
+    kind="longrope", short_factor=(1.0, 1.5), long_factor=(2.0, 5.0), original_max_positions=4,
+    attention_factor=1.2,
+)  # fmt: skip
+# Attention of every kind that is linear in the stream: not with clip_qkv.
+SCORED = {
+    **{name: {} for name in VARIANTS if name != "scaled"},
+    "yarn": dict(rope_scaling=YARN, rotary_dim=2),
+    "layernorm_all_heads": dict(norm="layernorm", qk_norm="all_heads"),
+    "mqa": dict(n_kv_heads=1),
+}
+T = 9
+
+
+def factored(shape=(2, 3), d=11, k=4, n=None, seed=0, dtype=np.float64):
+    rng = np.random.default_rng(seed)
+    left, right = rng.normal(size=(*shape, d, k)), rng.normal(size=(*shape, k, n or d))
+    return Factored(left=jnp.asarray(left, dtype), right=jnp.asarray(right, dtype))
+
+
+def built(name, **changes):
+    changes = {"dtype": "float64", **SCORED.get(name, {}), **changes}
+    return model(name if name in VARIANTS else "llama", **changes)
+
+
+def captured(m, t=T):
+    tokens = np.random.default_rng(1).integers(m.config.vocab_size, size=(2, t))
+    return run(m, tokens, capture="all").residuals
+
+
+def reads(m, stream):
+    """What attention's weights read, over the scale of the norm before it, and a one."""
+    x = np.asarray(stream.resid_pre)
+    if m.config.norm and m.config.norm_placement not in ("post", "stream_after"):
+        x = x / np.asarray(stream.norm_attn_scale)[..., None]
+    return np.concatenate([x, np.ones_like(x[..., :1])], -1)
+
+
+def per_head(scale, n_heads):
+    """A scale of queries or keys as `[L,B,H,T]`."""
+    scale = np.asarray(scale)
+    scale = scale[..., None] if scale.ndim == 3 else scale
+    return np.moveaxis(np.repeat(scale, n_heads // scale.shape[-1], -1), -1, 2)
+
+
+def own_scores(m, stream):
+    """The forward's products of queries and keys, `[L,B,H,T,S]`."""
+    k = np.repeat(np.asarray(stream.k), m.config.n_heads // m.config.n_kv_heads, -2)
+    return np.einsum("lbihk,lbjhk->lbhij", np.asarray(stream.q), k)
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_scores_of_the_forward(name, x64):
+    m = built(name)
+    stream = captured(m)
+    x, scores = reads(m, stream), own_scores(m, stream)
+    seen = np.zeros(scores.shape[-2:], bool)
+    for distance in range(T):
+        f = qk_matrices(m, distance=distance, biases=True)
+        assert f.left.shape == (m.config.n_layers, 6, 21, 4)
+        found = np.einsum("lbid,lhdk,lhke,lbje->lbhij", x, f.left, f.right, x, optimize=True)
+        if m.config.qk_norm:
+            found = found / per_head(stream.norm_q_scale, 6)[..., :, None]
+            found = found / per_head(stream.norm_k_scale, 6)[..., None, :]
+        i = np.arange(distance, T)
+        close(found[..., i, i - distance], scores[..., i, i - distance], 1e-12)
+        seen[i, i - distance] = True
+    assert (seen == np.tril(seen | True)).all()
+
+
+@pytest.mark.parametrize("name", [n for n in VARIANTS if n != "scaled"])
+def test_writes_of_the_forward(name, x64):
+    """Every head's write from every source, up to the frozen scales of norms after it."""
+    m = built(name)
+    c, stream = m.config, captured(m)
+    ov = ov_matrices(m, biases=True)
+    moved = np.einsum("lbjd,lhdk,lhke->lbhje", reads(m, stream), ov.left, ov.right, optimize=True)
+    found = np.einsum("lbhij,lbhje->lbie", stream.pattern, moved, optimize=True)
+
+    def after(norm, value, scale):
+        """A norm over its scale, and its bias, in numpy."""
+        if c.norm == "layernorm":
+            value = value - value.mean(-1, keepdims=True)
+        gain = 1 if norm.w is None else np.asarray(norm.w[...])[:, None, None] + c.norm_offset
+        bias = 0 if norm.b is None else np.asarray(norm.b[...])[:, None, None]
+        scale = np.asarray(scale)[..., None]
+        return value * gain / scale, bias, scale
+
+    attn = [block.attn for block, _ in m.parts()]
+    b_o = 0
+    if c.out_bias:
+        b_o = np.concatenate([np.asarray(a.b_o[...]) for a in attn])[:, None, None]
+    if c.norm_placement in ("post", "both"):
+        norm = jax.tree.map(lambda *x: jnp.concatenate(x), *[b.norm_attn_out for b, _ in m.parts()])
+        constant, bias, scale = after(norm, b_o + 0 * found, stream.norm_attn_out_scale)
+        close(found / scale + constant + bias, stream.attn_out, 1e-12)
+    elif c.norm_placement == "stream_after":
+        norm = m.blocks.norm_attn
+        own, bias, scale = after(norm, stream.resid_pre + b_o, stream.norm_attn_scale)
+        close(found / scale + own + bias, stream.resid_mid, 1e-12)
+    else:
+        close(found + b_o, stream.attn_out, 1e-12)
+
+
+def test_multipliers_and_unfolded_weights(x64):
+    m = built("scaled")
+    plain = ov_matrices(m, fold=False)
+    attn = m.blocks.attn
+    close(plain.right, attn.w_o[...], 0)
+    close(plain.left, np.repeat(np.moveaxis(np.asarray(attn.w_v[...]), 2, 1), 2, 1), 0)
+    close(ov_matrices(m).right, 0.4 * np.asarray(attn.w_o[...]), 1e-15)
+    gain = np.asarray(m.blocks.norm_attn.w[...])[:, None, :, None]
+    close(ov_matrices(m).left, gain * np.asarray(plain.left), 1e-15)
+    m = built("llama3")
+    biased = qk_matrices(m, fold=False, biases=True)
+    close(biased.left[..., :-1, :], np.moveaxis(np.asarray(m.blocks.attn.w_q[...]), 2, 1), 0)
+    close(biased.left[..., -1, :], m.blocks.attn.b_q[...], 0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "post", "shared_norm", "gpt_oss"])
+def test_biases_only_add_a_row(name, x64):
+    m = built(name)
+    for tool in (ov_matrices, qk_matrices):
+        plain, biased = tool(m), tool(m, biases=True)
+        close(biased.left[..., :-1, :], plain.left, 1e-15)
+        close(biased.right[..., : plain.shape[-1]], plain.right, 1e-15)
+
+
+def test_half_and_interleaved_rope_are_one_permutation(x64):
+    """The same weights with the pairs (i, i + n) moved to (2i, 2i + 1)."""
+    half = built("llama")
+    woven = built("llama", rope_interleaved=True)
+    for name in ("w_q", "w_k"):
+        w = getattr(half.blocks.attn, name)[...]
+        getattr(woven.blocks.attn, name)[...] = w[..., np.array([0, 2, 1, 3])]
+    for distance in (0, 1, 5):
+        a, b = (qk_matrices(m, distance=distance).expand() for m in (half, woven))
+        close(a, b, 1e-14)
+    woven.blocks.attn.w_q[...] = half.blocks.attn.w_q[...]
+    assert np.abs(qk_matrices(woven, distance=5).expand() - a).max() > 0.1
+
+
+def test_grouped_heads_equal_their_expanded_twin(x64):
+    gqa, mha = built("llama"), built("llama", n_kv_heads=6)
+    for name in ("w_q", "w_k", "w_v", "w_o"):
+        w = getattr(gqa.blocks.attn, name)[...]
+        w = jnp.repeat(w, 2, 2) if name in ("w_k", "w_v") else w
+        getattr(mha.blocks.attn, name)[...] = w
+    mha.blocks.norm_attn.w[...] = gqa.blocks.norm_attn.w[...]
+    for tool in (ov_matrices, lambda m: qk_matrices(m, distance=2)):
+        close(tool(gqa).expand(), tool(mha).expand(), 1e-15)
+
+
+def test_rope_turns_by_the_distance_and_several_are_averaged(x64):
+    m = built("llama")
+    each = [np.asarray(qk_matrices(m, distance=d).expand()) for d in range(4)]
+    assert np.abs(each[1] - each[0]).max() > 0.1
+    mean = qk_matrices(m, distance=np.arange(4))
+    assert mean.left.shape == (3, 6, 20, 4)
+    close(mean.expand(), np.mean(each, 0), 1e-13)
+    m = built("gpt2")
+    close(qk_matrices(m, distance=7).expand(), qk_matrices(m).expand(), 0)
+    m = built("nope")
+    near, far = (np.asarray(qk_matrices(m, distance=d).expand()) for d in (0, 3))
+    same = [np.array_equal(a, b) for a, b in zip(near, far, strict=True)]
+    assert same == [False, True, False]
+
+
+def test_longrope_is_that_of_the_distance(x64):
+    """A text of distance + 1 tokens decides between the short and the long frequencies."""
+    m = built("llama", rope_scaling=LONGROPE)
+    for t in (3, 7):
+        stream = captured(m, t)
+        f = qk_matrices(m, distance=t - 1)
+        x = reads(m, stream)[..., :-1]
+        found = np.einsum("lbd,lhdk,lhke,lbe->lbh", x[:, :, -1], f.left, f.right, x[:, :, 0])
+        close(found, own_scores(m, stream)[..., -1, 0], 1e-12)
+
+
+# Factored
+
+
+@pytest.mark.parametrize("d, k", [(11, 4), (3, 5), (4, 4)])
+def test_norms_and_values_against_numpy(d, k, x64):
+    f = factored(d=d, k=k)
+    full = np.asarray(f.left) @ np.asarray(f.right)
+    n = min(d, k)
+    close(f.expand(), full, 1e-14)
+    close(f.frobenius(), np.linalg.norm(full, axis=(-2, -1)), 1e-13)
+    close(f.trace(), np.trace(full, axis1=-2, axis2=-1), 1e-12)
+    values = np.linalg.svd(full)[1]
+    close(f.singular_values(), values[..., :n], 1e-13)
+    u, s, vt = f.svd()
+    assert u.shape == (2, 3, d, n) and s.shape == (2, 3, n) and vt.shape == (2, 3, n, d)
+    close(u * s[..., None, :] @ vt, full, 1e-13)
+    eye = np.broadcast_to(np.eye(n), (2, 3, n, n))
+    close(np.swapaxes(u, -1, -2) @ u, eye, 1e-13)
+    close(vt @ np.swapaxes(vt, -1, -2), eye, 1e-13)
+    found, own = f.eigenvalues(), np.linalg.eigvals(full)
+    assert found.shape == (2, 3, k)
+    for power in (1, 2, 3):  # power sums tell multisets apart, and zeros do not count
+        close((found**power).sum(-1).real, (own**power).sum(-1).real, 1e-11)
+    close(np.abs(found).sum(-1), np.abs(own).sum(-1), 1e-11)
+
+
+def test_small_norms_are_not_lost_in_large_factors():
+    """The Gram matrices of the factors alone could not tell this product from zero in float32."""
+    left = np.eye(8, 2, dtype=np.float32) * [1e4, 1e-4]
+    right = np.eye(2, 8, dtype=np.float32) * np.array([[1e-8], [1e2]])
+    f = Factored(left=jnp.asarray(left, jnp.float32), right=jnp.asarray(right, jnp.float32))
+    close(f.singular_values(), [1e-2, 1e-4], 1e-6)
+    close(f.frobenius(), np.hypot(1e-2, 1e-4), 1e-6)
+
+
+@pytest.mark.parametrize("k1, k2", [(3, 5), (5, 3), (4, 4)])
+def test_products_stay_factored_and_thin(k1, k2, x64):
+    a, b = factored(k=k1), factored(k=k2, seed=1)
+    product = a @ b
+    assert product.left.shape[-1] == min(k1, k2)
+    close(product.expand(), np.asarray(a.expand()) @ np.asarray(b.expand()), 1e-13)
+    pairs = a[:, :, None, None] @ b[None, None]
+    assert pairs.left.shape == (2, 3, 2, 3, 11, min(k1, k2))
+    close(pairs[1, 2, 0, 1].expand(), (a[1, 2] @ b[0, 1]).expand(), 1e-13)
+    close(a.transposed.expand(), np.swapaxes(a.expand(), -1, -2), 0)
+    wide = factored(d=11, k=3, n=12)
+    assert wide.shape == (2, 3, 11, 12) and (a @ wide).shape == (2, 3, 11, 12)
+
+
+def test_indexing(x64):
+    f = factored()
+    close(f[1, 2].expand(), f.expand()[1, 2], 0)
+    close(f[:, np.array([0, 2])].expand(), f.expand()[:, [0, 2]], 0)
+    close(f[-1].left, f.left[-1], 0)
+    one = jax.jit(lambda f, i: f[i, 0])(f, 1)
+    close(one.left, f.left[1, 0], 0)
+    for index in ((2,), (0, 3), (0, 0, 0), (..., 0, 0, 0)):
+        with pytest.raises(IndexError, match=r"`index` must be within \[2, 3\], got .*only axes"):
+            f[index]
+
+
+def test_errors_of_factored():
+    f = factored(dtype=np.float32)
+    with pytest.raises(ValueError, match=r"at least the 2904 bytes of \[2, 3, 11, 11\], got 2903"):
+        f.expand(byte_limit=2903)
+    f.expand(byte_limit=2904)
+    with pytest.raises(TypeError, match="must be made of numbers, got a traced array; call it out"):
+        jax.jit(lambda f: jnp.asarray(f.eigenvalues()))(f)
+    wide = factored(n=12, dtype=np.float32)
+    for method in (wide.trace, wide.eigenvalues):
+        with pytest.raises(ValueError, match=r"must be square to have .*got \[11, 12\]; leave out"):
+            method()
+    with pytest.raises(ValueError, match=r"`other` must be of 12 rows, got \[2, 3, 11, 12\] @"):
+        wide @ f
+    with pytest.raises(TypeError, match="`other` must be Factored, got ndarray; multiply an array"):
+        f @ np.eye(11)
+
+
+# Engineering
+
+
+def test_repr_and_dtypes():
+    m = model("gpt2", dtype="bfloat16")
+    f = qk_matrices(m, biases=True)
+    assert repr(f) == "Factored(left=float32[3, 6, 21, 4], right=float32[3, 6, 4, 21])"
+    assert f.frobenius().dtype == jnp.float32
+    wide = model("gpt2")
+    leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(m)]
+    wide = jax.tree.unflatten(jax.tree.structure(wide), leaves)
+    close(f.left, qk_matrices(wide, biases=True).left, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixed", "both"])
+def test_jit_equals_no_jit_and_compiles_once(name, x64):
+    m = built(name)
+    f = qk_matrices(m, distance=3)
+    inside = jax.jit(lambda m, d: qk_matrices(m, distance=d))(m, 3)
+    close(inside.left, f.left, 1e-14)
+    close(jax.jit(ov_matrices)(m).left, ov_matrices(m).left, 1e-14)
+    with compilations() as names:
+        qk_matrices(m, distance=5)
+        ov_matrices(m)
+    assert names == []
+
+
+def test_few_layers():
+    for n in (0, 1):
+        m = model(n_layers=n)
+        assert ov_matrices(m).shape == qk_matrices(m, distance=2).shape == (n, 6, 20, 20)
+
+
+def test_exports_for_accelerators():
+    m = model("both")
+    leaves, structure = jax.tree.flatten(m)
+
+    def flat(leaves, distance):
+        m = jax.tree.unflatten(structure, leaves)
+        qk, ov = qk_matrices(m, distance=distance), ov_matrices(m)
+        return [*qk.svd(), ov.frobenius(), (qk @ ov).trace(), ov.core]
+
+    exported = export.export(jax.jit(flat), platforms=("cpu", "cuda", "tpu"))(leaves, 2)
+    again = export.deserialize(bytearray(exported.serialize())).call(leaves, 2)
+    for a, b in zip(again, flat(leaves, 2), strict=True):
+        close(a, b, 1e-4)
+
+
+def test_bad_input():
+    m = model()
+    with pytest.raises(ValueError, match="`distance` must be at least 0, got -1; attention is"):
+        qk_matrices(m, distance=-1)
+    for wrong in (1.0, "1", True, [[1], [2, 3]]):
+        with pytest.raises(TypeError, match="`distance` must be an int, or ints `.N.`, got"):
+            qk_matrices(m, distance=wrong)
+    for wrong in ([], [[1]]):
+        with pytest.raises(ValueError, match="`distance` must be an int, or ints .*got shape"):
+            qk_matrices(m, distance=np.array(wrong, int))
+    m = model("gpt2", qk_norm="head", qk_norm_bias=True)
+    with pytest.raises(ValueError, match="`biases` must be False for this model, got True, and"):
+        qk_matrices(m, biases=True)
+    qk_matrices(m)
+    qk_matrices(m, fold=False, biases=True)
