@@ -220,7 +220,7 @@ def _along(model, stream, direction, positions, at, through, by, layers, kinds):
     r, constant, scale = direction, jnp.zeros(direction.shape[:-1], config.acc), None
     if through is not None:
         norm, scale = _reader(model, stream, point, through)
-        r = norm.gained(norm.centre(direction))
+        r = norm.centre(norm.gained(direction))
         if norm.b is not None:
             constant = contract("...D,D->...", direction, norm.b[...])
     found = terms(model, stream, number, Span(ends), by=by, layers=layers, kinds=kinds)

@@ -43,9 +43,7 @@ class Sites:
         value = self.at_real(value, axis, at_padding)
         if name in self.capture:
             index = None if name in self.whole else self.index
-            self.records[name] = select_positions(
-                value, index, self.valid, axis, absent=at_padding
-            )
+            self.records[name] = select_positions(value, index, self.valid, axis, absent=at_padding)
         return value
 
     def at_real(self, value: Array, axis: int = 1, at_padding: float = 0) -> Array:

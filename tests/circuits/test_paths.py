@@ -126,7 +126,7 @@ def test_without_layers_only_the_embedding_writes(x64):
     m = model("gpt2", n_layers=0, dtype="float64", scale_by_inverse_layer=False)
     tokens, mask, _ = batch()
     found = path_expansion(m, tokens, TARGETS, mask=mask)
-    assert found.sources == ("embed", "pos", "bias")
+    assert found.sources == ("embed", "pos", "bias", "mlp")
     assert found.virtual is None and found.gap.max() < 1e-12
     close(found.direct[:2].sum(0) + found.constant, found.logit, 1e-12)
 

@@ -92,8 +92,10 @@ def test_many_directions_and_one_per_position(x64):
         if i == 1:
             close(own.terms, one.terms, 1e-12)
             close(own.constant, one.constant, 1e-12) if one.constant.any() else None
-    at = attribute_to(m, tokens, many, positions=(-1,), kinds=("head",), layers=(1, 2), mask=mask)
-    assert at.terms.shape == (6 + 6, 5, 1, 3) or len(at.labels) == 12
+    at = attribute_to(
+        m, tokens, many, by="head", positions=(-1,), kinds=("head",), layers=(1, 2), mask=mask
+    )
+    assert at.terms.shape == (2 * 6, 5, 1, 3)
     everywhere = attribute_to(m, tokens, many, mask=mask)
     for b in range(5):
         close(at.value[b, 0], everywhere.value[b, np.flatnonzero(mask[b])[-1]], 1e-12)
