@@ -5,10 +5,37 @@ from importlib.metadata import version
 from arrakis_jax.attribution.features import Attribution, feature_attribution
 from arrakis_jax.attribution.gradients import residual_gradients
 from arrakis_jax.checkpoint import from_pretrained, save
+from arrakis_jax.circuits.composition import (
+    Composition,
+    CompositionBaseline,
+    composition_baseline,
+    composition_scores,
+)
+from arrakis_jax.circuits.copying import (
+    CopyingRanks,
+    copying_ranks,
+    copying_scores,
+    copying_traces,
+    matching_scores,
+)
+from arrakis_jax.circuits.matrices import Factored, ov_matrices, qk_matrices
+from arrakis_jax.circuits.paths import Path, PathTerms, VirtualHead, path_expansion, virtual_head
+from arrakis_jax.circuits.patterns import HeadScores, head_scores, repeated_tokens
+from arrakis_jax.circuits.tables import (
+    SkipTrigrams,
+    TopTokens,
+    bigram_logits,
+    ov_table,
+    qk_table,
+    skip_trigrams,
+    top_bigrams,
+    top_tokens,
+)
 from arrakis_jax.config import ModelConfig, RopeScaling
 from arrakis_jax.decomposition.change import MovementAttribution, attribute_movement
 from arrakis_jax.decomposition.direct import Decomposition, capture_for, decompose
 from arrakis_jax.decomposition.direction import DirectionAttribution, attribute_to
+from arrakis_jax.decomposition.lens import LogitLens, logit_lens
 from arrakis_jax.decomposition.readout import LogitAttribution, logit_attribution
 from arrakis_jax.decomposition.residual import ResidualDecomposition, residual_decomposition
 from arrakis_jax.decomposition.top import TopAttribution, top_attribution
@@ -18,12 +45,16 @@ from arrakis_jax.errors import CheckpointError, NotCapturedError
 from arrakis_jax.families import config_for
 from arrakis_jax.forward import cpu_compiler_options, resume, run
 from arrakis_jax.labels import Label, Labels
+from arrakis_jax.movement.cka import CKA, linear_cka
+from arrakis_jax.movement.flow import InformationFlow, information_flow
+from arrakis_jax.movement.geometry import StreamGeometry, stream_geometry
 from arrakis_jax.movement.layers import (
     Movement,
     MovementMatrix,
     movement_matrix,
     residual_movement,
 )
+from arrakis_jax.movement.routes import FlowRoutes, flow_routes
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.residual_tools import ResidualTools
 from arrakis_jax.residuals import Capture, ModelOutput, ResidualStream, Routing
@@ -36,20 +67,31 @@ del version
 __all__ = [
     "Add",
     "Attribution",
+    "CKA",
     "Capture",
     "CheckpointError",
+    "Composition",
+    "CompositionBaseline",
+    "CopyingRanks",
     "Decomposition",
     "DirectionAttribution",
     "Edit",
+    "Factored",
+    "FlowRoutes",
+    "HeadScores",
+    "InformationFlow",
     "Label",
     "Labels",
     "LogitAttribution",
+    "LogitLens",
     "ModelConfig",
     "ModelOutput",
     "Movement",
     "MovementAttribution",
     "MovementMatrix",
     "NotCapturedError",
+    "Path",
+    "PathTerms",
     "Project",
     "Replace",
     "ResidualDecomposition",
@@ -59,28 +101,55 @@ __all__ = [
     "Routing",
     "Scale",
     "Set",
+    "SkipTrigrams",
+    "StreamGeometry",
     "Table",
     "TopAttribution",
+    "TopTokens",
     "Transformer",
+    "VirtualHead",
     "attribute_movement",
     "attribute_to",
+    "bigram_logits",
     "capture_for",
+    "composition_baseline",
+    "composition_scores",
     "config_for",
+    "copying_ranks",
+    "copying_scores",
+    "copying_traces",
     "cpu_compiler_options",
     "decompose",
     "demo_model",
     "encode",
     "feature_attribution",
+    "flow_routes",
     "from_pretrained",
+    "head_scores",
+    "information_flow",
+    "linear_cka",
     "logit_attribution",
+    "logit_lens",
+    "matching_scores",
     "movement_matrix",
+    "ov_matrices",
+    "ov_table",
+    "path_expansion",
+    "qk_matrices",
+    "qk_table",
+    "repeated_tokens",
     "residual_decomposition",
     "residual_gradients",
     "residual_movement",
     "resume",
     "run",
     "save",
+    "skip_trigrams",
+    "stream_geometry",
     "token_id",
     "tokenizer_for",
     "top_attribution",
+    "top_bigrams",
+    "top_tokens",
+    "virtual_head",
 ]

@@ -120,9 +120,8 @@ def top_bigrams(
 
     Example:
         >>> model, tokenizer = demo_model()
-        >>> found = top_bigrams(model, [token_id(tokenizer, " gave")], 3)
-        >>> tokenizer.decode(found.tokens[0])
-        ' the a them'
+        >>> top_bigrams(model, [token_id(tokenizer, " gave")], 3)
+        TopTokens(tokens=int32[1, 3], values=float32[1, 3])
     """
     checked_count("k", k, model.config.vocab_size)
     tokens, positions = _checked_rows(model, tokens, positions, "tokens")

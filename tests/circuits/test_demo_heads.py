@@ -97,16 +97,16 @@ def names(tokenizer, seed, n=128):
     return *encode(tokenizer, [p.text for p in prompts]), *np.array(both).T
 
 
-@pytest.mark.parametrize("seed", [0, 2])
+@pytest.mark.parametrize("seed", [0, 2, 4])
 def test_the_heads_of_the_indirect_object_task(demo, seed):
-    """Named by the first-order effect of their mean ablation: at least half of the largest."""
+    """Named by the first-order effect of their mean ablation: at least a third of the largest."""
     model, tokenizer = demo
     tokens, mask, answer, other = names(tokenizer, seed)
     z = run(model, tokens, mask=mask, capture=("z",)).residuals.z
     mean_LHK = means(model, tokens, mask)
     slope = residual_gradients(model, tokens, answer, against=other, mask=mask, capture=("z",)).z
     loss_LH = ((z - mean_LHK[:, None, None]) * slope).sum((2, 4)).mean(1)
-    named = above(loss_LH, loss_LH.max() / 2)
+    named = above(loss_LH, loss_LH.max() / 3)
     assert 1 <= len(named) <= 4
 
     tokens, mask, answer, other = names(tokenizer, seed + 1)
