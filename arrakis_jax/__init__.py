@@ -29,7 +29,6 @@ from arrakis_jax.circuits.tables import (
     qk_table,
     skip_trigrams,
     top_bigrams,
-    top_tokens,
 )
 from arrakis_jax.config import ModelConfig, RopeScaling
 from arrakis_jax.decomposition.change import MovementAttribution, attribute_movement
@@ -150,6 +149,5 @@ __all__ = [
     "tokenizer_for",
     "top_attribution",
     "top_bigrams",
-    "top_tokens",
     "virtual_head",
 ]

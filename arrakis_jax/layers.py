@@ -141,7 +141,7 @@ def read(model: Transformer, layer: Layer) -> Read:
     bias = _output_bias(model, layer)
     brought = stream.attn_out - bias
     if config.norms_stream:  # attention adds to the normed stream, or its sum is normed
-        norm: Norm = block.norm_attn
+        norm: Any = block.norm_attn
         own = norm.gained(norm.centre(own)) / stream.norm_attn_scale[..., None]
         if config.norm_placement == "stream_after":
             w_o = norm.gained(norm.centre(w_o))

@@ -50,7 +50,7 @@ class Part:
     def __init__(self, config: ModelConfig, layer: Layer):
         self.config = config
         self.block = layer.block
-        self.stream = layer.stream
+        self.stream: Any = layer.stream  # whose fields are here arrays of one layer
         self.resid_post = layer.resid_post
 
     def terms(self, by: str, kinds: tuple[str, ...] | None = None) -> tuple[AnyFactor, ...]:

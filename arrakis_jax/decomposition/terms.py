@@ -201,7 +201,7 @@ def _stacked(
     blocks = jax.tree.map(lambda w: w[_places(own, listed)], block)
     post = stream.resid_post[rows] if config.stream_dtype else None
 
-    def one(block: Block, fields: dict[str, Any], post: Array) -> tuple:
+    def one(block: Block, fields: dict[str, Any], post: Any) -> tuple:
         about: dict[str, Any] = {n: getattr(stream, n) for n in ("mask", "lacks", "normed")}
         part = Part(
             config, Layer(block, jnp.zeros((), int), ResidualStream(**fields, **about), post)
