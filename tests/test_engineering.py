@@ -12,18 +12,35 @@ from jax import export
 
 from arrakis_jax import (
     Transformer,
+    attribute_movement,
+    attribute_to,
+    bigram_logits,
+    composition_scores,
     config_for,
+    copying_traces,
     cpu_compiler_options,
     decompose,
     feature_attribution,
+    flow_routes,
+    head_scores,
+    information_flow,
+    linear_cka,
     logit_attribution,
+    logit_lens,
     movement_matrix,
+    ov_matrices,
+    qk_matrices,
     residual_decomposition,
     residual_gradients,
     residual_movement,
     resume,
     run,
+    skip_trigrams,
+    stream_geometry,
+    top_attribution,
+    virtual_head,
 )
+from arrakis_jax.movement.flow import METHODS
 from tests.models import batch, close, model
 
 TOKENS, MASK, _ = batch(lengths=(6, 4))
@@ -43,7 +60,39 @@ TOOLS = {
     "logit_attribution_everywhere": lambda m, t, k: logit_attribution(
         m, t, 3, mask=k, by="component", position=None
     ),
+    "logit_attribution_by_source": lambda m, t, k: logit_attribution(
+        m, t, 3, mask=k, by="source", position=None
+    ),
+    "logit_attribution_of_a_layer": lambda m, t, k: (
+        logit_attribution(m, t, 3, mask=k, by="neuron", layers=(1,), kinds=("neuron",)).terms
+    ),
+    "top_attribution": lambda m, t, k: top_attribution(m, t, 3, 4, mask=k).terms,
+    "attribute_to": lambda m, t, k: attribute_to(
+        m, t, m.blocks.mlp.w_in[1, :, 3], mask=k, at=("resid_mid", 1), through="mlp", by="source"
+    ),
+    "attribute_movement": lambda m, t, k: attribute_movement(m, t, 0, mask=k, by="head"),
+    "logit_lens": lambda m, t, k: logit_lens(m, t, 3, mask=k, chunk=7),
     "residual_movement": movement_of,
+    "movement_matrix_reduced": lambda m, t, k: movement_matrix(
+        m, t, mask=k, reduce="median", first=False
+    ),
+    "stream_geometry": lambda m, t, k: stream_geometry(m, t, mask=k),
+    "linear_cka": lambda m, t, k: linear_cka(m, t, mask=k),
+    **{
+        f"information_flow_{method}": lambda m, t, k, method=method: information_flow(
+            m, t, 3 if "logit" in method else None, method=method, layers=True, mask=k
+        )
+        for method in METHODS
+    },
+    "flow_routes": lambda m, t, k: flow_routes(m, t, mask=k),
+    "ov_matrices": lambda m, t, k: ov_matrices(m).singular_values(),
+    "qk_matrices": lambda m, t, k: qk_matrices(m, distance=2, biases=True).frobenius(),
+    "composition_scores": lambda m, t, k: composition_scores(m),
+    "copying_traces": lambda m, t, k: copying_traces(m),
+    "head_scores": lambda m, t, k: head_scores(m, t, mask=k),
+    "virtual_head": lambda m, t, k: virtual_head(m, t, first=(0, 1), second=(1, 2), mask=k).weight,
+    "bigram_logits": lambda m, t, k: bigram_logits(m, [3, 4], positions=[0, 1]),
+    "skip_trigrams": lambda m, t, k: skip_trigrams(m, 1, 2, [3, 4], 3),
     "movement_matrix": lambda m, t, k: movement_matrix(m, t, mask=k),
     "residual_gradients": lambda m, t, k: residual_gradients(m, t, 3, mask=k, capture="all"),
     "saliency": lambda m, t, k: feature_attribution(m, t, 3, mask=k, method="saliency"),
@@ -131,6 +180,62 @@ def test_head_attribution_costs_one_forward():
     last = flops(lambda m, t: logit_attribution(m, t, 3, by="head"), m, tokens)
     everywhere = flops(lambda m, t: logit_attribution(m, t, t, by="head", position=None), m, tokens)
     assert last / forward < 1.01 and everywhere / forward < 1.1
+
+
+ATTRIBUTIONS = {  # most forwards of products, most MB of temporary memory beyond a forward's
+    "head": (1.1, 100),
+    "source": (1.15, 100),
+    "neuron": (1.4, 200),
+}
+
+
+@pytest.mark.parametrize("by", ATTRIBUTIONS)
+def test_attribution_at_every_position_costs_one_forward(by):
+    """At GPT-2 small shape, 8 x 128 tokens, of the next token; terms exist a layer at a time."""
+    m, tokens = gpt2_small(), jax.ShapeDtypeStruct((8, 128), jnp.int32)
+
+    def forward(m, t):
+        return m(t, capture=("final",)).residuals.final
+
+    def tool(m, t):
+        return logit_attribution(m, t, jnp.roll(t, -1, 1), by=by, position=None)
+
+    times, megabytes = ATTRIBUTIONS[by]
+    assert flops(tool, m, tokens) / flops(forward, m, tokens) <= times
+    assert temporary(tool, m, tokens) - temporary(forward, m, tokens) <= megabytes * 1e6
+
+
+def test_the_largest_neurons_need_no_room_for_the_others():
+    m, tokens = gpt2_small(), jax.ShapeDtypeStruct((8, 128), jnp.int32)
+
+    def forward(m, t):
+        return m(t, capture=("final",)).residuals.final
+
+    def tool(m, t):
+        return top_attribution(m, t, jnp.roll(t, -1, 1), 10, by="neuron", position=None).terms
+
+    plain = flops(forward, m, tokens)
+    assert flops(tool, m, tokens) / plain <= 1.4
+    assert temporary(tool, m, tokens) - temporary(forward, m, tokens) <= 100e6
+    for by in ("neuron", "source"):
+        last = flops(lambda m, t, by=by: logit_attribution(m, t, 3, by=by), m, tokens)
+        assert last / plain <= 1.02
+    some = flops(
+        lambda m, t: logit_attribution(m, t, t, by="neuron", position=None, layers=(3,)), m, tokens
+    )
+    assert some / plain <= 1.04
+
+
+def test_value_weighted_flow_costs_one_forward():
+    m, tokens = gpt2_small(), jax.ShapeDtypeStruct((8, 128), jnp.int32)
+    forward = flops(lambda m, t: m(t, capture=("final",)), m, tokens)
+    flow = flops(lambda m, t: information_flow(m, t, method="value_weighted"), m, tokens)
+    assert flow / forward <= 1.15
+
+
+def temporary(function, *args):
+    """Bytes of temporary memory of a compiled function."""
+    return jax.jit(function).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -241,5 +346,20 @@ def test_sharded_model_gives_the_same_numbers():
     sharded = jax.tree.unflatten(structure, [place(*item) for item in paths])
     data = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     tokens, mask = (jax.device_put(x, data) for x in (TOKENS, MASK))
-    for tool in ("logit_attribution", "residual_gradients", "movement_matrix"):
+    for tool in (
+        "logit_attribution",
+        "logit_attribution_by_source",
+        "top_attribution",
+        "attribute_to",
+        "attribute_movement",
+        "logit_lens",
+        "residual_gradients",
+        "movement_matrix",
+        "linear_cka",
+        "information_flow_value_weighted",
+        "information_flow_alti_logit_complete",
+        "flow_routes",
+        "composition_scores",
+        "head_scores",
+    ):
         all_near(TOOLS[tool](sharded, tokens, mask), TOOLS[tool](m, TOKENS, MASK))
