@@ -5,6 +5,7 @@ Elhage et al. 2021. No D x D matrix is formed: everything comes from the factors
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -16,7 +17,8 @@ from jax.core import Tracer
 from jaxtyping import Complex
 
 from arrakis_jax.axes import Array, Float, Int
-from arrakis_jax.checks import host
+from arrakis_jax.checks import checked_layer, host
+from arrakis_jax.config import ModelConfig
 from arrakis_jax.errors import expected
 from arrakis_jax.forward import compiled
 from arrakis_jax.nn.block import Block
@@ -206,7 +208,15 @@ def ov_matrices(model: Transformer, *, fold: bool = True, biases: bool = False) 
 
 @compiled("fold", "biases")
 def _ov(model, *, fold, biases):
-    config = model.config
+    return _each_layer(model, ov_of(model.config, fold=fold, biases=biases))
+
+
+Head = tuple[int | Int[Array, ""], int | Int[Array, ""]]
+OfLayer = Callable[[Block, Array], Factored]
+
+
+def ov_of(config: ModelConfig, *, fold: bool, biases: bool) -> OfLayer:
+    """`ov_matrices` of one layer, from its block and its index: `[H,D,K]` and `[H,K,D]`."""
     repeats = config.n_heads // config.n_kv_heads
 
     def of(block: Block, _: Array) -> Factored:
@@ -220,7 +230,7 @@ def _ov(model, *, fold, biases):
             w_o = w_o * config.residual_scale
         return Factored(left=repeat(w_v, "D G K -> (G R) D K", R=repeats), right=w_o)
 
-    return _each_layer(model, of)
+    return of
 
 
 def qk_matrices(
@@ -293,9 +303,13 @@ def checked_distance(distance: Any) -> Array:
 
 @compiled("fold", "biases")
 def _qk(model, distance, *, fold, biases):
-    config = model.config
+    return _each_layer(model, qk_of(model.config, distance, fold=fold, biases=biases))
+
+
+def qk_of(config: ModelConfig, distance: Array, *, fold: bool, biases: bool) -> OfLayer:
+    """`qk_matrices` of one layer, from its block and its index."""
     repeats = config.n_heads // config.n_kv_heads
-    turn = _turns(model, distance)
+    turn = _turns(config, distance)
 
     def of(block: Block, layer: Array) -> Factored:
         attn = block.attn
@@ -312,14 +326,14 @@ def _qk(model, distance, *, fold, biases):
         left, right = rearrange(q, "D H K -> H D K"), repeat(k, "D G K -> (G R) K D", R=repeats)
         return Factored(left=left, right=right)
 
-    return _each_layer(model, of)
+    return of
 
 
-def _turns(model: Transformer, distance: Array) -> Callable | None:
+def _turns(config: ModelConfig, distance: Array) -> Callable | None:
     """The mean rotation over these distances and that over none, of each layer; each `[1,K/2]`."""
     position = jnp.append(distance, 0)[None]
     places = Places(None, position, position.max(-1) + 1)
-    positions = Positions.of(model.config, places)
+    positions = Positions.of(config, places)
     if positions.rotations is None:
         return None
 
@@ -344,7 +358,38 @@ def _through(norm: Norm | None, w_DNK: Array, bias: Any, *, biases: bool) -> Flo
     return jnp.concatenate([w_DNK, row_NK[None]]) if biases else w_DNK
 
 
-def _each_layer(model: Transformer, of: Callable[[Block, Array], Factored]) -> Factored:
+def checked_head(model: Transformer, head: Any, name: str = "head") -> Head:
+    """A head as (layer, index), each counted from 0 or traced.
+
+    Raises:
+        ValueError: for what is not a pair.
+        IndexError: if there is no such layer or head.
+    """
+    if not isinstance(head, tuple | list) or len(head) != 2:
+        do = "name a head by its layer and its index"
+        raise ValueError(expected(name, "(layer, head)", repr(head), do))
+    config = model.config
+    return (
+        checked_layer(head[0], config.n_layers, name=f"{name}[0]"),
+        checked_layer(head[1], config.n_heads, name=f"{name}[1]"),
+    )
+
+
+def of_head(model: Transformer, of: OfLayer, layer: Array, head: Array) -> Factored:
+    """A function of one layer's block, at one layer and head: no other layer's are made."""
+    found = None
+    for blocks, layers in model.parts():
+        row = jnp.clip(layer - layers.start, 0, len(layers) - 1)
+        block = jax.tree.map(
+            lambda w, row=row: jax.lax.dynamic_index_in_dim(w, row, keepdims=False), blocks
+        )
+        own, here = of(block, layer)[head], layer >= layers.start
+        found = own if found is None else jax.tree.map(partial(jnp.where, here), own, found)
+    assert found is not None
+    return found
+
+
+def _each_layer(model: Transformer, of: OfLayer) -> Factored:
     """A function of one layer's block, over all layers."""
     found = [
         jax.vmap(of)(blocks, jnp.arange(layers.start, layers.stop))

@@ -1,7 +1,7 @@
 """Paths through heads: every way from the embedding to a logit, and two heads taken as one."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,17 @@ from arrakis_jax.checks import (
     Tokens,
     checked_count,
     checked_ids,
-    checked_layer,
     checked_position,
     checked_tokens,
 )
-from arrakis_jax.circuits.matrices import Factored, ov_matrices
+from arrakis_jax.circuits.matrices import (
+    Factored,
+    Head,
+    checked_head,
+    of_head,
+    ov_matrices,
+    ov_of,
+)
 from arrakis_jax.errors import expected
 from arrakis_jax.forward import compiled, stream_of
 from arrakis_jax.layers import batch_of, over_layers
@@ -26,7 +32,6 @@ from arrakis_jax.numerics import contract, ratio
 from arrakis_jax.places import Places
 from arrakis_jax.residuals import ABSENT, Capture, ModelOutput, Record, ResidualStream
 
-Head = tuple[int, int]
 _FIELDS = ("pattern", "norm_attn_scale", "norm_attn_out_scale")
 _ENDS = ("embed", "mlp_out", "final", "norm_final_scale")
 
@@ -144,7 +149,7 @@ def path_expansion(
     Example:
         >>> config = config_for("gpt2", n_layer=2, n_embd=16, n_head=2, vocab_size=11)
         >>> model = Transformer(config, rngs=nnx.Rngs(0))
-        >>> found = path_expansion(model, np.arange(6)[None], 3, against=5)
+        >>> found = path_expansion(model, jnp.arange(6)[None], 3, against=5)
         >>> found.virtual.shape, str(found.labels[-1]), bool(found.gap.max() < 1e-5)
         ((4, 2, 2, 1), 'mlp > L0 head 1 > L1 head 1', True)
 
@@ -347,11 +352,7 @@ def virtual_head(
     """
     config = model.config
     _check_linear(model)
-    pair = tuple(
-        (checked_layer(_two(name, head)[0], config.n_layers, name=f"{name}[0]"),
-         checked_layer(head[1], config.n_heads, name=f"{name}[1]"))
-        for name, head in (("first", first), ("second", second))
-    )  # fmt: skip
+    pair = (checked_head(model, first, "first"), checked_head(model, second, "second"))
     layers = [head[0] for head in pair]
     if all(isinstance(layer, int) for layer in layers) and layers[0] >= layers[1]:
         do = "a head reads what earlier layers wrote"
@@ -388,19 +389,12 @@ def _virtual(model, source, mask, first, second):
         return (kept(first, state[0]), kept(second, state[1])), None
 
     sooner, later = over_layers(model, source, mask, _FIELDS, (none, none), step).state
-    ov = ov_matrices(model)
+    of = ov_of(model.config, fold=True, biases=False)
     return VirtualHead(
         pattern=contract("BNT,BTS->BNS", later[0], sooner[0]),
         weight=contract("BNT,BTS->BNS", later[1], sooner[1]),
-        ov=ov[first] @ ov[second],
+        ov=of_head(model, of, *first) @ of_head(model, of, *second),
     )
-
-
-def _two(name: str, head: Any) -> Head:
-    if not isinstance(head, tuple | list) or len(head) != 2:
-        do = "name a head by its layer and its index"
-        raise ValueError(expected(name, "(layer, head)", repr(head), do))
-    return head[0], head[1]
 
 
 def _check_linear(model: Transformer) -> None:

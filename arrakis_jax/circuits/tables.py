@@ -13,8 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from arrakis_jax.axes import Array, Float, Int, over
-from arrakis_jax.checks import Ids, checked_choice, checked_count, checked_ids, checked_layer, host
-from arrakis_jax.circuits.matrices import Factored, checked_distance, ov_matrices, qk_matrices
+from arrakis_jax.checks import Ids, checked_choice, checked_count, checked_ids, host
+from arrakis_jax.circuits.matrices import (
+    Head,
+    checked_distance,
+    checked_head,
+    of_head,
+    ov_of,
+    qk_of,
+)
 from arrakis_jax.errors import expected
 from arrakis_jax.forward import compiled
 from arrakis_jax.nn.transformer import Transformer
@@ -136,8 +143,7 @@ def _top_bigrams(model, tokens, positions, scale, *, k):
 
 def ov_table(
     model: Transformer,
-    layer: int | Int[Array, ""],
-    head: int | Int[Array, ""],
+    head: Head,
     sources: Ids,
     *,
     positions: Ids | None = None,
@@ -152,8 +158,7 @@ def ov_table(
 
     Args:
         model: the transformer, of any depth.
-        layer: in [-L, L); an int or a traced scalar.
-        head: in [-H, H).
+        head: `(layer, head)`, ints in [-L, L) and [-H, H), or traced scalars.
         sources: `[N]` token ids, or one.
         positions: learned positions to add, `[N]` or one; None adds none.
         scales: "own" divides by the scale of the embedding itself, so that rows are exact in layer
@@ -168,16 +173,16 @@ def ov_table(
 
     Example:
         >>> model, tokenizer = demo_model()
-        >>> ov_table(model, 2, 0, [3, 4]).shape
+        >>> ov_table(model, (2, 0), [3, 4]).shape
         (2, 451)
 
     Reference:
         Elhage et al. 2021, "One-Layer Attention-Only Transformers".
     """
-    layer, head = _checked_head(model, layer, head)
+    at = checked_head(model, head)
     checked_choice("scales", scales, SCALES)
     sources, positions = _checked_rows(model, sources, positions, "sources")
-    return _ov_rows(model, layer, head, sources, positions, scales=scales)
+    return _ov_rows(model, *at, sources, positions, scales=scales)
 
 
 @compiled("scales")
@@ -187,8 +192,7 @@ def _ov_rows(model, layer, head, sources, positions, *, scales):
 
 def qk_table(
     model: Transformer,
-    layer: int | Int[Array, ""],
-    head: int | Int[Array, ""],
+    head: Head,
     destinations: Ids,
     sources: Ids,
     *,
@@ -204,8 +208,7 @@ def qk_table(
 
     Args:
         model: the transformer, of any depth.
-        layer: in [-L, L); an int or a traced scalar.
-        head: in [-H, H).
+        head: `(layer, head)`, ints in [-L, L) and [-H, H), or traced scalars.
         destinations: `[N]` token ids that look, or one.
         sources: `[M]` token ids that are looked at, or one.
         distance: how far before the destination the source stands, of which RoPE's rotation
@@ -225,19 +228,19 @@ def qk_table(
 
     Example:
         >>> model, tokenizer = demo_model()
-        >>> qk_table(model, 1, 2, [3, 4], [5, 6, 7], distance=1).shape
+        >>> qk_table(model, (1, 2), [3, 4], [5, 6, 7], distance=1).shape
         (2, 3)
 
     Reference:
         Elhage et al. 2021, "One-Layer Attention-Only Transformers".
     """
-    layer, head = _checked_head(model, layer, head)
+    at = checked_head(model, head)
     checked_choice("scales", scales, SCALES)
     _check_bilinear(model)
     looking = _checked_rows(model, destinations, destination_positions, "destinations")
     looked = _checked_rows(model, sources, source_positions, "sources")
     distance = checked_distance(distance)
-    return _qk_entries(model, layer, head, looking, looked, distance, scales=scales)
+    return _qk_entries(model, *at, looking, looked, distance, scales=scales)
 
 
 @compiled("scales")
@@ -249,8 +252,7 @@ def _qk_entries(model, layer, head, destinations, sources, distance, *, scales):
 
 def skip_trigrams(
     model: Transformer,
-    layer: int | Int[Array, ""],
-    head: int | Int[Array, ""],
+    head: Head,
     sources: Ids,
     k: int = 10,
     *,
@@ -265,8 +267,7 @@ def skip_trigrams(
 
     Args:
         model: the transformer, of any depth; exact in layer 0.
-        layer: in [-L, L); an int or a traced scalar.
-        head: in [-H, H).
+        head: `(layer, head)`, ints in [-L, L) and [-H, H), or traced scalars.
         sources: `[N]` token ids, or one.
         k: how many destinations and outputs, at most V.
         distance: from source to destination, as in `qk_table`.
@@ -280,20 +281,20 @@ def skip_trigrams(
 
     Example:
         >>> model, tokenizer = demo_model()
-        >>> found = skip_trigrams(model, 0, 3, [token_id(tokenizer, " Mary")], k=5)
+        >>> found = skip_trigrams(model, (0, 3), [token_id(tokenizer, " Mary")], k=5)
         >>> found.destinations.tokens.shape, found.outputs.values.shape
         ((1, 5), (1, 5))
 
     Reference:
         Elhage et al. 2021, "Skip-Trigrams".
     """
-    layer, head = _checked_head(model, layer, head)
+    at = checked_head(model, head)
     checked_choice("scales", scales, SCALES)
     checked_count("k", k, model.config.vocab_size)
     _check_bilinear(model)
     sources = _checked_rows(model, sources, None, "sources")[0]
     distance = checked_distance(distance)
-    return _trigrams(model, layer, head, sources, distance, k=k, scales=scales)
+    return _trigrams(model, *at, sources, distance, k=k, scales=scales)
 
 
 @compiled("k", "scales")
@@ -373,7 +374,7 @@ def _moved(
     model: Transformer, layer: Any, head: Any, tokens: Array, positions: Any, scales: str
 ) -> Float[Array, "N D"]:
     """What a head writes where it attends to these tokens."""
-    ov = ov_matrices(model, biases=True)[layer, head]
+    ov = of_head(model, ov_of(model.config, fold=True, biases=True), layer, head)
     x_ND = _read(model, tokens, positions, scales)
     return contract("NK,KD->ND", _times(x_ND, ov.left), ov.right)
 
@@ -389,7 +390,8 @@ def _seeking(
     side: str,
 ) -> Float[Array, "N K"]:
     """A head's queries (left) or keys (right) of these tokens."""
-    qk: Factored = qk_matrices(model, distance=distance, biases=True)[layer, head]
+    of = qk_of(model.config, distance, fold=True, biases=True)
+    qk = of_head(model, of, layer, head)
     x_ND = _read(model, *rows, scales)
     return _times(x_ND, qk.left if side == "left" else qk.right.T)
 
@@ -421,14 +423,6 @@ def _check_bilinear(model: Transformer) -> None:
         do = "use qk_matrices with the scales of a captured stream"
         must = "one whose scores are bilinear in the embeddings"
         raise ValueError(expected("model", must, got, do))
-
-
-def _checked_head(model: Transformer, layer: Any, head: Any) -> tuple[Any, Any]:
-    config = model.config
-    return (
-        checked_layer(layer, config.n_layers, name="layer"),
-        checked_layer(head, config.n_heads, name="head"),
-    )
 
 
 def _checked_rows(model: Transformer, ids: Any, positions: Any, name: str) -> tuple[Array, Any]:

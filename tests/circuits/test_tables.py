@@ -77,13 +77,13 @@ def test_one_layer_is_a_look_up(variant, x64):
         for head in range(6):
             scores = np.full((t, t), -np.inf)
             for distance in range(t):
-                table = qk_table(m, 0, head, prompt, prompt, distance=distance,
+                table = qk_table(m, (0, head), prompt, prompt, distance=distance,
                                  destination_positions=at, source_positions=at)  # fmt: skip
                 q = np.arange(distance, t)
                 scores[q, q - distance] = np.asarray(table)[q, q - distance]
             a = np.asarray(jax.nn.softmax(scores))
             close(a, out.residuals.pattern[0, b, head][where][:, where], 1e-11)
-            rows = ov_table(m, 0, head, prompt, positions=at)
+            rows = ov_table(m, (0, head), prompt, positions=at)
             logits += a @ np.asarray(rows) / np.reshape(s_f, (-1, 1))
         close(logits, out.logits[b, where], 1e-11)
 
@@ -111,20 +111,20 @@ def test_tables_of_weights_alone_are_literal_products(variant, x64):
         if m.norm_final is not None:
             y = centred(y) * np.asarray(m.norm_final.w[...])
         y = y * config.residual_scale
-        close(ov_table(m, layer, head, IDS, scales="one"), (y @ u.T)[IDS], 1e-12)
+        close(ov_table(m, (layer, head), IDS, scales="one"), (y @ u.T)[IDS], 1e-12)
         scale = 4**-0.5 / ((layer % 3 + 1) if config.scale_by_inverse_layer else 1)
         qk = x @ block.attn.w_q[...][:, head] @ block.attn.w_k[...][:, g].T @ x.T * scale
-        close(qk_table(m, layer, head, IDS, IDS[:3], scales="one"), qk[IDS][:, IDS[:3]], 1e-12)
+        close(qk_table(m, (layer, head), IDS, IDS[:3], scales="one"), qk[IDS][:, IDS[:3]], 1e-12)
 
 
 def test_skip_trigrams_are_the_largest_entries_of_both_tables(x64):
     for variant, layer in (("llama", 1), ("gpt2", -1)):
         m = model(variant, dtype="float64")
-        found = skip_trigrams(m, layer, 2, IDS, 6, distance=3)
+        found = skip_trigrams(m, (layer, 2), IDS, 6, distance=3)
         every = np.arange(31)
         for top, table in [
-            (found.destinations, np.asarray(qk_table(m, layer, 2, every, IDS, distance=3)).T),
-            (found.outputs, np.asarray(ov_table(m, layer, 2, IDS))),
+            (found.destinations, np.asarray(qk_table(m, (layer, 2), every, IDS, distance=3)).T),
+            (found.outputs, np.asarray(ov_table(m, (layer, 2), IDS))),
         ]:
             np.testing.assert_array_equal(top.tokens, np.argsort(-table)[:, :6])
             close(top.values, -np.sort(-table)[:, :6], 1e-12)
@@ -149,27 +149,27 @@ def test_no_table_of_all_pairs_exists():
             for inner in jax.extend.core.jaxprs_in_params(eqn.params):
                 walk(inner)
 
-    walk(jax.make_jaxpr(lambda m: skip_trigrams(m, 0, 0, [3, 4], 5))(m).jaxpr)
+    walk(jax.make_jaxpr(lambda m: skip_trigrams(m, (0, 0), [3, 4], 5))(m).jaxpr)
     walk(jax.make_jaxpr(lambda m: top_bigrams(m, [3, 4], 5))(m).jaxpr)
     assert max(sizes) <= 997 * 8
 
 
 def test_traced_heads_jit_dtypes_and_compilations():
     m = model("mixed")
-    plain = ov_table(m, 2, 3, IDS)
-    close(jax.jit(lambda m, i, h: ov_table(m, i, h, IDS))(m, -1, 3), plain, 1e-5)
-    q = qk_table(m, 2, 3, IDS, 7, distance=2)
+    plain = ov_table(m, (2, 3), IDS)
+    close(jax.jit(lambda m, i, h: ov_table(m, (i, h), IDS))(m, -1, 3), plain, 1e-5)
+    q = qk_table(m, (2, 3), IDS, 7, distance=2)
     assert q.shape == (5, 1)
-    close(jax.jit(lambda i: qk_table(m, i, 3, IDS, 7, distance=2))(2), q, 1e-5)
-    skip_trigrams(m, 0, 1, IDS, 4)
+    close(jax.jit(lambda i: qk_table(m, (i, 3), IDS, 7, distance=2))(2), q, 1e-5)
+    skip_trigrams(m, (0, 1), IDS, 4)
     with compilations() as names:
-        ov_table(m, 1, 0, IDS[::-1])
-        qk_table(m, 0, 5, IDS, 9, distance=4)
-        skip_trigrams(m, 2, 0, IDS[::-1], 4, distance=2)
+        ov_table(m, (1, 0), IDS[::-1])
+        qk_table(m, (0, 5), IDS, 9, distance=4)
+        skip_trigrams(m, (2, 0), IDS[::-1], 4, distance=2)
     assert names == []
     half = model("llama", dtype="bfloat16")
-    for found in (bigram_logits(half, IDS), ov_table(half, 0, 0, IDS),
-                  qk_table(half, 0, 0, IDS, IDS), top_bigrams(half, IDS, 3).values):  # fmt: skip
+    for found in (bigram_logits(half, IDS), ov_table(half, (0, 0), IDS),
+                  qk_table(half, (0, 0), IDS, IDS), top_bigrams(half, IDS, 3).values):  # fmt: skip
         assert found.dtype == jnp.float32 and np.isfinite(found).all()
     assert bigram_logits(m, 5).shape == (1, 31)
 
@@ -183,17 +183,17 @@ def test_bad_input():
          "`positions` must be None without learned ones, got positions for a model with pos"),
         (lambda: bigram_logits(gpt2, IDS, positions=[1, 2]), ValueError,
          r"`positions` must be an int or ints of shape \(5,\), got"),
-        (lambda: ov_table(gpt2, 0, 0, 3, positions=40), IndexError,
+        (lambda: ov_table(gpt2, (0, 0), 3, positions=40), IndexError,
          r"`positions` must be in \[0, 40\), got \[40\]"),
-        (lambda: ov_table(m, 3, 0, 3), IndexError, r"`layer` must be in \[-3, 3\), got 3"),
-        (lambda: ov_table(m, 0, 6, 3), IndexError, r"`head` must be in \[-6, 6\), got 6"),
-        (lambda: ov_table(m, 0, 0, 3, scales="all"), ValueError, "`scales` must be one of"),
-        (lambda: qk_table(m, 0, 0, 3, 31), ValueError, r"`sources` must be in \[0, 31\)"),
-        (lambda: qk_table(m, 0, 0, 3, 3, distance=-1), ValueError, "`distance` must be at least"),
-        (lambda: qk_table(model("shared_norm"), 0, 0, 3, 3), ValueError,
+        (lambda: ov_table(m, (3, 0), 3), IndexError, r"`head\[0\]` must be in \[-3, 3\), got 3"),
+        (lambda: ov_table(m, (0, 6), 3), IndexError, r"`head\[1\]` must be in \[-6, 6\), got 6"),
+        (lambda: ov_table(m, (0, 0), 3, scales="all"), ValueError, "`scales` must be one of"),
+        (lambda: qk_table(m, (0, 0), 3, 31), ValueError, r"`sources` must be in \[0, 31\)"),
+        (lambda: qk_table(m, (0, 0), 3, 3, distance=-1), ValueError, "`distance` must be at least"),
+        (lambda: qk_table(model("shared_norm"), (0, 0), 3, 3), ValueError,
          "`model` must be one whose scores are bilinear in the embeddings, got one with qk_norm"),
-        (lambda: skip_trigrams(model("post"), 0, 0, 3), ValueError, "bilinear"),
-        (lambda: skip_trigrams(m, 0, 0, 3, 32), ValueError, r"`k` must be an int in \[1, 31\]"),
+        (lambda: skip_trigrams(model("post"), (0, 0), 3), ValueError, "bilinear"),
+        (lambda: skip_trigrams(m, (0, 0), 3, 32), ValueError, r"`k` must be an int in \[1, 31\]"),
         (lambda: top_bigrams(m, 3, 0), ValueError, r"`k` must be an int in \[1, 31\], got 0"),
     ]:  # fmt: skip
         with pytest.raises(error, match=message):
