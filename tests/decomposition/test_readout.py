@@ -10,9 +10,11 @@ from arrakis_jax import (
     NotCapturedError,
     Scale,
     capture_for,
+    decompose,
     logit_attribution,
     run,
 )
+from arrakis_jax.layers import logit_direction
 from tests.models import VARIANTS, batch, close, compilations, model
 
 TARGETS, AGAINST = np.array([3, 30, 0, 7, 7]), np.array([4, 2, 9, 1, 30])
@@ -91,6 +93,25 @@ def test_both_contraction_orders_agree(x64):
     for b in range(5):
         where = np.flatnonzero(mask[b])[-1]
         close(found[:, :, b], scores[:, :, b, where], 1e-12)
+
+
+@pytest.mark.parametrize("by", ["head", "neuron", "expert", "source"])
+@pytest.mark.parametrize("variant", ["llama3", "both", "parallel", "stream_after", "mixed", "moe"])
+def test_both_orders_agree_in_every_shape(variant, by, x64):
+    """G3 for grouped heads, norms on writes, parallel blocks and experts: expanded, then read."""
+    m = model(variant, dtype="float64")
+    if by == "expert" and not m.config.n_experts:
+        pytest.skip("no experts")
+    tokens, mask, _ = batch()
+    out = run(m, tokens, mask=mask, capture="all")
+    u = m.unembedding(jnp.asarray(TARGETS))[:, None]
+    r, _ = logit_direction(m, u)
+    scale = 1.0 if m.norm_final is None else out.residuals.norm_final_scale[..., None]
+    expanded = (decompose(m, out, by=by).terms * (r / scale)[None]).sum(-1)
+    found = logit_attribution(m, tokens, TARGETS, by=by, mask=mask).terms
+    for b in range(5):
+        where = np.flatnonzero(mask[b])[-1]
+        close(found[:, b], expanded[:, b, where], 1e-11)
 
 
 def test_heads_and_bias_sum_to_their_attention():
