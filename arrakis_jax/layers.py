@@ -193,6 +193,16 @@ def written(
     return through, share
 
 
+def logit_reader(
+    model: Transformer, targets: Array, against: Array | None
+) -> tuple[Float[Array, "... D"], Float[Array, "..."]]:
+    """What reads a logit, or a difference of two, from the normed stream, and its bias."""
+    u, bias = model.unembedding(targets), model.unembedding_bias(targets)
+    if against is not None:
+        u, bias = u - model.unembedding(against), bias - model.unembedding_bias(against)
+    return u, bias
+
+
 def logit_direction(model: Transformer, u: Float[Array, "... D"]) -> tuple[Array, Array]:
     """The stream direction `r` and the constant with `norm(x) . u = x . r / s + constant`."""
     if model.norm_final is None:

@@ -26,7 +26,7 @@ from arrakis_jax.circuits.matrices import (
 )
 from arrakis_jax.errors import expected
 from arrakis_jax.forward import compiled, stream_of
-from arrakis_jax.layers import batch_of, over_layers
+from arrakis_jax.layers import batch_of, logit_direction, logit_reader, over_layers
 from arrakis_jax.nn.transformer import Layer, Transformer
 from arrakis_jax.numerics import contract, ratio
 from arrakis_jax.places import Places
@@ -201,16 +201,12 @@ def _expansion(
     index, valid = Places.of(stream.mask.shape, stream.mask).find(position[:, None])
     rows, valid = jnp.arange(index.shape[0]), valid[:, 0]
     at = (rows, index[:, 0])
-    u_BD, constant_B = model.unembedding(targets), model.unembedding_bias(targets)
-    if against is not None:
-        u_BD = u_BD - model.unembedding(against)
-        constant_B = constant_B - model.unembedding_bias(against)
-    logit_B = contract("BD,BD->B", model.final_norm(stream.final[at]), u_BD) + constant_B
-    r_BD = u_BD
-    if (norm := model.norm_final) is not None:
-        r_BD = norm.centre(norm.gained(u_BD)) / stream.norm_final_scale[at][:, None]
-        if norm.b is not None:
-            constant_B = constant_B + contract("BD,D->B", u_BD, norm.b[...])
+    u_BD, bias_B = logit_reader(model, targets, against)
+    logit_B = contract("BD,BD->B", model.final_norm(stream.final[at]), u_BD) + bias_B
+    r_BD, offset_B = logit_direction(model, u_BD)
+    constant_B = offset_B + bias_B
+    if model.norm_final is not None:
+        r_BD = r_BD / stream.norm_final_scale[at][:, None]
 
     sources, direct_CBTD, read_LCBTD = _sources(model, stream)
     share_LBT, scale_LBT = (_scale(model, stream, name) for name in _FIELDS[:0:-1])

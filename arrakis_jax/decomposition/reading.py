@@ -11,7 +11,7 @@ from arrakis_jax.decomposition.factors import Measured, measured
 from arrakis_jax.decomposition.parts import Part
 from arrakis_jax.decomposition.terms import Kinds, check_found, fields_for
 from arrakis_jax.labels import Labels, Segment
-from arrakis_jax.layers import Passed, logit_direction, over_layers
+from arrakis_jax.layers import Passed, logit_direction, logit_reader, over_layers
 from arrakis_jax.nn.transformer import Layer, Transformer
 from arrakis_jax.numerics import contract
 from arrakis_jax.places import Places
@@ -62,9 +62,7 @@ def readout_of(model: Transformer, targets: Array, against: Array | None, one: b
     """The readout of these targets, `[B]` if of one position each, else `[B,T]`."""
     if one:
         targets, against = targets[..., None], None if against is None else against[..., None]
-    u, bias = model.unembedding(targets), model.unembedding_bias(targets)
-    if against is not None:
-        u, bias = u - model.unembedding(against), bias - model.unembedding_bias(against)
+    u, bias = logit_reader(model, targets, against)
     return Readout(u, *logit_direction(model, u), bias, one)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from arrakis_jax.axes import Array, Bool, Float, over
-from arrakis_jax.layers import READ, Read, logit_direction, over_layers, read
+from arrakis_jax.layers import READ, Read, logit_direction, logit_reader, over_layers, read
 from arrakis_jax.movement.contributions import alti, identity, normalised, on_diagonal, weights_of
 from arrakis_jax.nn.block import Block
 from arrakis_jax.nn.norm import Norm
@@ -43,9 +43,7 @@ def logit_flow(
 ) -> dict[str, Any]:
     """The fields of an InformationFlow, for each position's own target."""
     config = model.config
-    u, bias = model.unembedding(targets), model.unembedding_bias(targets)
-    if against is not None:
-        u, bias = u - model.unembedding(against), bias - model.unembedding_bias(against)
+    u, bias = logit_reader(model, targets, against)
     r, offset = logit_direction(model, u)
     first, size, readings = _readings(model, r)
 
