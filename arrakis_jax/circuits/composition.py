@@ -9,6 +9,7 @@ import numpy as np
 from arrakis_jax.axes import Array, Float
 from arrakis_jax.checks import checked_count
 from arrakis_jax.circuits.matrices import Distance, Factored, ov_matrices, qk_matrices
+from arrakis_jax.errors import expected
 from arrakis_jax.forward import compiled
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.numerics import contract, ratio
@@ -231,6 +232,8 @@ def composition_baseline(
         True
     """
     checked_count("draws", draws, 10**6)
+    if not isinstance(key, jax.Array):
+        raise TypeError(expected("key", "a key", repr(key), "such as jax.random.key(0)"))
     return _random(model, key, draws=int(draws))
 
 

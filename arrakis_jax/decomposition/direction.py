@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from arrakis_jax.axes import Array, Float, over
 from arrakis_jax.checks import Mask, checked_layers, checked_positions, checked_tokens
@@ -181,7 +182,7 @@ def checked_reader(model: Transformer, point: Point, through: Any) -> None:
 def _checked_direction(
     config: ModelConfig, direction: Any, shape: tuple[int, ...], positions: Any
 ) -> Array:
-    direction = jnp.asarray(direction)
+    direction = direction if isinstance(direction, jax.Array) else np.asarray(direction)
     if not jnp.issubdtype(direction.dtype, jnp.floating):
         do = "convert it"
         raise TypeError(expected("direction", "real numbers", f"dtype {direction.dtype}", do))
@@ -191,7 +192,7 @@ def _checked_direction(
     if direction.ndim == 0 or direction.shape[-1] != d or not right:
         must, do = f"`[{d}]`, `[N,{d}]` or {[*places, d]}", "directions are of the stream"
         raise ValueError(expected("direction", must, f"shape {direction.shape}", do))
-    return direction.astype(config.acc)
+    return jnp.asarray(direction, config.acc)
 
 
 @compiled("positions", "at", "through", "by", "layers", "kinds")

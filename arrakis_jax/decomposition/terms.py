@@ -1,5 +1,6 @@
 """The terms that a stream is the sum of: what direct.py, readout.py and change.py stand on."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -112,7 +113,8 @@ def checked_kinds(kinds: Any) -> Kinds:
     """A selection of kinds as a tuple; TypeError or ValueError for what is none."""
     if kinds is None:
         return None
-    if isinstance(kinds, str) or not all(isinstance(kind, str) for kind in kinds):
+    named = isinstance(kinds, Iterable) and not isinstance(kinds, str)
+    if not named or not all(isinstance(kind, str) for kind in kinds):
         raise TypeError(expected("kinds", "a tuple of names", repr(kinds), "such as ('head',)"))
     kinds = tuple(dict.fromkeys(kinds))
     unknown = [kind for kind in kinds if kind not in KINDS]
@@ -126,7 +128,9 @@ def check_found(kinds: Kinds, labels: Labels) -> None:
     found = {k.name for segment in labels.segments for k in segment.kinds} | set(labels.first)
     absent = [kind for kind in kinds or () if kind not in found]
     if absent:
-        do = "this model, `by` or span has no such terms"
+        do = (
+            f"this model, `by` or span has no such terms; of those asked for it has {sorted(found)}"
+        )
         raise ValueError(expected("kinds", "kinds of terms that there are", absent, do))
 
 

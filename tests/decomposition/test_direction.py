@@ -179,6 +179,7 @@ def test_bad_input():
     for call, error, message in [
         (lambda: to(u[:5]), ValueError, r"`direction` must be `\[20\]`, .* \(5,\)"),
         (lambda: to(np.ones((2, 6, 20))), ValueError, r"got shape \(2, 6, 20\)"),
+        (lambda: to("a"), TypeError, "`direction` must be real numbers"),
         (lambda: to(np.arange(20)), TypeError, "`direction` must be real numbers"),
         (lambda: to(u, at="end"), ValueError, "`at` must be 'final' or"),
         (lambda: to(u, through="norm"), ValueError, "`through` must be one of"),

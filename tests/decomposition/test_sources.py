@@ -158,6 +158,7 @@ def test_kinds_are_checked():
         (("heads",), ValueError, r"`kinds` must be made of \('embed', .* got \['heads'\]"),
         ((), ValueError, "`kinds` must be made of"),
         (("attn",), ValueError, r"must be kinds of terms that there are, got \['attn'\]"),
+        (3, TypeError, "`kinds` must be a tuple of names, got 3"),
         (("attn_bias", "head"), ValueError, r"that there are, got \['attn_bias'\]"),
     ]:
         for call in (decompose, lambda *a, **k: logit_attribution(*a, 3, **k)):
