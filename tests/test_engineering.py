@@ -91,7 +91,7 @@ TOOLS = {
     "copying_traces": lambda m, t, k: copying_traces(m),
     "head_scores": lambda m, t, k: head_scores(m, t, mask=k),
     "virtual_head": lambda m, t, k: virtual_head(m, t, first=(0, 1), second=(1, 2), mask=k).weight,
-    "bigram_logits": lambda m, t, k: bigram_logits(m, [3, 4], positions=[0, 1]),
+    "bigram_logits": lambda m, t, k: bigram_logits(m, [3, 4]),
     "skip_trigrams": lambda m, t, k: skip_trigrams(m, (1, 2), [3, 4], 3),
     "movement_matrix": lambda m, t, k: movement_matrix(m, t, mask=k),
     "residual_gradients": lambda m, t, k: residual_gradients(m, t, 3, mask=k, capture="all"),
