@@ -58,6 +58,7 @@ from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.residual_tools import ResidualTools
 from arrakis_jax.residuals import Capture, ModelOutput, ResidualStream, Routing
 from arrakis_jax.table import Table
+from arrakis_jax.targets import KL, Continuation, Custom, Entropy, Logit, LogProb, Prob, Target
 from arrakis_jax.tokens import encode, token_id, tokenizer_for
 
 __version__ = version("arrakis-jax")
@@ -71,16 +72,22 @@ __all__ = [
     "CheckpointError",
     "Composition",
     "CompositionBaseline",
+    "Continuation",
     "CopyingRanks",
+    "Custom",
     "Decomposition",
     "DirectionAttribution",
     "Edit",
+    "Entropy",
     "Factored",
     "FlowRoutes",
     "HeadScores",
     "InformationFlow",
+    "KL",
     "Label",
     "Labels",
+    "LogProb",
+    "Logit",
     "LogitAttribution",
     "LogitLens",
     "ModelConfig",
@@ -91,6 +98,7 @@ __all__ = [
     "NotCapturedError",
     "Path",
     "PathTerms",
+    "Prob",
     "Project",
     "Replace",
     "ResidualDecomposition",
@@ -103,6 +111,7 @@ __all__ = [
     "SkipTrigrams",
     "StreamGeometry",
     "Table",
+    "Target",
     "TopAttribution",
     "TopTokens",
     "Transformer",

@@ -17,10 +17,11 @@ from arrakis_jax.axes import Array, Int
 from arrakis_jax.checks import host
 from arrakis_jax.config import ModelConfig
 from arrakis_jax.errors import expected
-from arrakis_jax.residuals import FIELDS, SCALES, SEGMENTED, UNSTACKED, lacking
+from arrakis_jax.residuals import FIELDS, READERS, SCALES, SEGMENTED, UNSTACKED, lacking
 
-EDIT_SITES = (*(name for name in FIELDS if name != "routing"), "resid_post")
-HEAD_SITES = ("q", "k", "v", "z", "pattern")
+EDIT_SITES = (*(name for name in FIELDS if name != "routing"), "resid_post", *READERS)
+HEAD_SITES = ("q", "k", "v", "z", "pattern", "q_in", "k_in", "v_in")
+KV_SITES = ("k", "v", "k_in", "v_in")
 
 
 def _axes(site: str) -> tuple[int, int]:
@@ -46,14 +47,16 @@ class Edit:
 
     Attributes:
         site: the name of a ResidualStream field, or "resid_post". `q`, `k`, `v`, `z` and `pattern`
-            have heads.
+            have heads. Or a reader's input: "q_in" `[B,T,H,D]`, "k_in" and "v_in" `[B,T,G,D]` and
+            "mlp_in" `[B,T,D]` are the stream as one head or the MLP reads it, before its norm.
         value: what the change needs; it broadcasts to what is selected: the site's value
             without the head axis if `head` is given and without the position axis if `position`
             is given (or to the site's whole value). In a model of several segments, at sites whose
             values differ between them (mlp_act, shared_act, router): a tuple, one for each segment,
             None where nothing is changed.
         layer: the layer to change, or None for every layer; an int in [-L, L) or a traced scalar.
-        head: the head to change (key/value head at "k" and "v"), or None for every head.
+        head: the head to change (key/value head at "k", "v", "k_in" and "v_in"), or None for every
+            head.
         position: the position to change, counted in real tokens (-1 is each row's last), an int
             or one for each row `[B]`, or None for every position. A row that has no such token is
             left as it is.
@@ -230,6 +233,7 @@ def check_edits(edits: tuple, config: ModelConfig, n_rows: int, longest: int) ->
                 raise TypeError(expected("edits", "made of edits", repr(edit), do))
             continue
         absent = lacking(config)
+        absent += ("mlp_in",) if "mlp_out" in absent else ()
         sites = tuple(site for site in EDIT_SITES if site not in absent)
         if edit.site not in sites:
             do = "the model has no others"
@@ -246,7 +250,7 @@ def check_edits(edits: tuple, config: ModelConfig, n_rows: int, longest: int) ->
                 must, got = f"an array, or a tuple of {n}, one for each segment", len(edit.value)
                 do = "config.segments lists the segments"
                 raise ValueError(expected("value", must, f"{got} values", do))
-        n_heads = config.n_kv_heads if edit.site in ("k", "v") else config.n_heads
+        n_heads = config.n_kv_heads if edit.site in KV_SITES else config.n_heads
         _check_index("layer", edit.layer, -config.n_layers, config.n_layers)
         _check_index("head", edit.head, 0, n_heads)
         _check_index("position", edit.position, -longest, longest, n_rows)

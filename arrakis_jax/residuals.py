@@ -29,6 +29,9 @@ INTERNAL = ("q", "k", "v", "pattern", "z", "mlp_act", "shared_act", "router")
 FIELDS = (*STREAM, *SCALES, *INTERNAL, "routing")
 # Fields that segments of layers may have or not, or in other shapes: then a tuple, one for each.
 SEGMENTED = ("mlp_act", *MOE_FIELDS)
+# What one reader of the stream reads, before its norm: sites of edits, at which every query, key
+# and value head, and the MLP, has an input of its own.
+READERS = ("q_in", "k_in", "v_in", "mlp_in")
 # The sites whose values together are the field "routing".
 ROUTING_SITES = {"index": "routing_index", "weight": "routing_weight", "shared": "shared_gate"}
 

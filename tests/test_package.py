@@ -20,15 +20,16 @@ LAYERS = (
     ("edits",),
     ("nn",),
     ("forward",),
-    ("layers", "points"),
+    ("layers", "points", "targets"),
     ("families",),
     ("checkpoint",),
     ("tokens",),
     ("decomposition", "movement", "attribution", "circuits"),
+    ("patching",),
     ("demo", "residual_tools"),
     ("cli",),
 )
-ANALYSIS = ("decomposition", "movement", "attribution", "circuits")
+ANALYSIS = ("decomposition", "movement", "attribution", "circuits", "patching")
 
 
 def imports(path: Path) -> set[str]:

@@ -1,6 +1,7 @@
 """Which input tokens caused a logit: saliency, gradient times input, integrated gradients."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.attribution.gradients import (
-    Target,
-    checked_target,
-    tapped_gradients,
-    target_value,
-)
+from arrakis_jax.attribution.gradients import tapped_gradients, target_value
 from arrakis_jax.axes import Array, Float, Int, over
 from arrakis_jax.checks import Ids, Mask, Tokens, checked_choice, checked_tokens, host
 from arrakis_jax.errors import expected
@@ -22,6 +18,7 @@ from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.numerics import norm, ratio
 from arrakis_jax.places import Places
 from arrakis_jax.residuals import ABSENT, Record
+from arrakis_jax.targets import Target, checked_target
 
 METHODS = ("saliency", "grad_x_input", "integrated_gradients")
 # Integrated gradients with steps=None: nodes are doubled until every row's gap is small.
@@ -55,7 +52,7 @@ class Attribution(Record):
 def feature_attribution(
     model: Transformer,
     input_ids: Tokens,
-    target_ids: Ids,
+    target_ids: Ids | Target | Callable,
     *,
     method: str = "grad_x_input",
     against: Ids | None = None,
@@ -112,7 +109,9 @@ def feature_attribution(
     """
     checked_choice("method", method, METHODS)
     tokens, mask = checked_tokens(model.config, input_ids, mask, check=check, name="input_ids")
-    target = checked_target(model, tokens, target_ids, against, position, mask, "target_ids")
+    target = checked_target(
+        model, tokens, target_ids, mask, against=against, position=position, name="target_ids"
+    )
     if method != "integrated_gradients":
         for name, value in (("steps", steps), ("baseline", baseline)):
             if value is not None:

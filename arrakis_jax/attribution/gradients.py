@@ -1,28 +1,23 @@
-"""Gradients of a logit at every site of the forward, in one backward pass."""
+"""Gradients of a target at every site of the forward, in one backward pass."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.axes import Array, Float, Int
+from arrakis_jax.axes import Array, Float
 from arrakis_jax.checks import (
     Ids,
     Mask,
     Tokens,
-    checked_ids,
     checked_layers,
-    checked_position,
     checked_positions,
     checked_tokens,
 )
 from arrakis_jax.forward import compiled
-from arrakis_jax.nn.linear import softcap
-from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.numerics import contract
+from arrakis_jax.nn.transformer import Edits, Transformer
 from arrakis_jax.residuals import (
     INTERNAL,
     SCALES,
@@ -32,48 +27,7 @@ from arrakis_jax.residuals import (
     as_capture,
     lacking,
 )
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Target:
-    """What is differentiated: a logit, or a logit difference, at one position of each row.
-
-    The model's own logit: with its soft-cap, if it has one.
-
-    Attributes:
-        ids: `[B]` token ids.
-        against: `[B]` ids of the logit subtracted, or None.
-        position: `[B]`, counted in real tokens.
-    """
-
-    ids: Int[Array, " B"]
-    against: Int[Array, " B"] | None
-    position: Int[Array, " B"]
-
-    def value(self, model: Transformer, y_BD: Float[Array, "B D"]) -> Float[Array, " B"]:
-        """The target, from the normed stream at its position."""
-
-        def logit(ids: Int[Array, " B"]) -> Float[Array, " B"]:
-            read = contract("BD,BD->B", y_BD, model.unembedding(ids))
-            return softcap(read + model.unembedding_bias(ids), model.config.logit_softcap)
-
-        return logit(self.ids) if self.against is None else logit(self.ids) - logit(self.against)
-
-
-def checked_target(
-    model: Transformer, tokens: Any, targets: Any, against: Any, position: Any, mask: Any, name: str
-) -> Target:
-    """The target for a checked batch of tokens; see the public functions for what raises."""
-    shape = tokens.shape[:1]
-    against_ids = None
-    if against is not None:
-        against_ids = checked_ids(model.config, against, shape, name="against")
-    return Target(
-        checked_ids(model.config, targets, shape, name=name),
-        against_ids,
-        checked_position(position, tokens.shape[0], mask, tokens.shape[1]),
-    )
+from arrakis_jax.targets import Target, checked_target, read_target
 
 
 def target_value(
@@ -82,15 +36,16 @@ def target_value(
     mask: Array | None,
     target: Target,
     *,
-    taps: dict[str, Array] | None = None,
+    taps: dict[str, Any] | None = None,
     capture: tuple[str, ...] = (),
+    edits: Edits = (),
 ) -> tuple[Float[Array, " B"], ResidualStream]:
-    """The target of each row from the embedded stream, unembedding only the tokens it reads."""
+    """The target of each row from the embedded stream, unembedding only what it reads."""
     fields = tuple(dict.fromkeys((*capture, "final")))
-    stream = model.after_embedding(x_BTD, mask=mask, capture=Capture(fields), taps=taps).residuals
-    read = stream.at(target.position[:, None]).squeezed()
-    value = target.value(model, model.final_norm(read.final))
-    return jnp.where(read.mask, value, jnp.nan), stream
+    stream = model.after_embedding(
+        x_BTD, mask=mask, capture=Capture(fields), taps=taps, edits=edits
+    ).residuals
+    return read_target(model, stream.final, mask, target), stream
 
 
 def tapped_gradients(
@@ -128,7 +83,7 @@ def _zeros(
 def residual_gradients(
     model: Transformer,
     tokens: Tokens,
-    targets: Ids,
+    targets: Ids | Target | Callable,
     *,
     against: Ids | None = None,
     position: int | Array = -1,
@@ -136,7 +91,7 @@ def residual_gradients(
     capture: str | tuple[str, ...] | Capture = "residuals",
     check: bool = False,
 ) -> ResidualStream:
-    """The gradient of a logit or logit difference at every site, in one backward pass.
+    """The gradient of a target at every site, in one backward pass.
 
     Where attention and MLP write straight to the stream, the gradient with respect to `attn_out`
     is that of `resid_mid`, and of `mlp_out` that of the next `resid_pre` (or `final`); in parallel
@@ -147,7 +102,8 @@ def residual_gradients(
     Args:
         model: the transformer.
         tokens: `[B,T]` token ids.
-        targets: the token whose logit is differentiated, an int or `[B]`.
+        targets: the token whose logit is differentiated, an int or `[B]`; or any target, such as
+            `LogProb(3)`, or a function of logits.
         against: a token whose logit is subtracted, or None.
         position: where the logit is read, counted in real tokens: an int or `[B]`.
         mask: `[B,T]`.
@@ -157,8 +113,8 @@ def residual_gradients(
         check: also check the values of arrays that are on an accelerator.
 
     Returns:
-        A ResidualStream whose fields hold gradients, in logits per unit; norm scales are None,
-        and everything is zero at padding.
+        A ResidualStream whose fields hold gradients, in units of the target per unit; norm
+        scales are None, and everything is zero at padding.
 
     Raises:
         TypeError, ValueError, IndexError: for tokens, targets or a capture that do not fit.
@@ -174,7 +130,9 @@ def residual_gradients(
         never formed.
     """
     tokens, mask = checked_tokens(model.config, tokens, mask, check=check)
-    target = checked_target(model, tokens, targets, against, position, mask, "targets")
+    target = checked_target(
+        model, tokens, targets, mask, against=against, position=position, name="targets"
+    )
     wanted = as_capture(capture)
     names = tuple(n for n in wanted.fields if n not in (*SCALES, "logits", "routing"))
     layers = checked_layers(wanted.layers, model.config.n_layers)

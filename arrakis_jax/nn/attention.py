@@ -33,12 +33,22 @@ class Attention(nnx.Module):
         self.norm_k = _qk_norm(config, stack, g)
         self.sinks = constant((*stack, h), 0.0, config) if config.sinks else None
 
-    def __call__(self, x_BTD: Array, where: Where, layer: Int[Array, ""], site: Sites) -> Array:
-        """What the heads and the output bias add up to, `[B,T,D]`, before the mask of padding."""
+    def __call__(
+        self,
+        inputs: tuple[Array, Array, Array],
+        where: Where,
+        layer: Int[Array, ""],
+        site: Sites,
+    ) -> Array:
+        """What the heads and the output bias add up to, `[B,T,D]`, before the mask of padding.
+
+        `inputs` are those of queries, keys and values: `[B,T,D]`, or one for each head.
+        """
         cfg = self.config
-        q_BTHK = affine("BTD,DHK->BTHK", x_BTD, self.w_q, self.b_q, cfg)
-        k_BTGK = affine("BTD,DGK->BTGK", x_BTD, self.w_k, self.b_k, cfg)
-        v_BTGK = affine("BTD,DGK->BTGK", x_BTD, self.w_v, self.b_v, cfg)
+        x_q, x_k, x_v = inputs
+        q_BTHK = _projected(x_q, self.w_q, self.b_q, cfg)
+        k_BTGK = _projected(x_k, self.w_k, self.b_k, cfg)
+        v_BTGK = _projected(x_v, self.w_v, self.b_v, cfg)
         if self.norm_q is not None and self.norm_k is not None:
             q_BTHK = self.norm_q(q_BTHK, site, "norm_q_scale")
             k_BTGK = self.norm_k(k_BTGK, site, "norm_k_scale")
@@ -53,9 +63,10 @@ class Attention(nnx.Module):
         k_BSGK = site("k", k_BTGK)
         v_BSGK = site("v", v_BTGK)
 
-        q_BTGRK = rearrange(q_BTHK, "B T (G R) K -> B T G R K", G=cfg.n_kv_heads)
-        scores_BGRTS = product("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, config=cfg)
-        pattern_BGRTS = self._pattern(scores_BGRTS, where, layer)
+        scores_BGRTS = self.scores(q_BTHK, k_BSGK, where, layer)
+        pattern_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1)
+        allowed = where.allowed[:, None, None]
+        pattern_BGRTS = jnp.where(allowed, pattern_BGRTS[..., : allowed.shape[-1]], 0)
         pattern_BHTS = rearrange(pattern_BGRTS, "B G R T S -> B (G R) T S")
         pattern_BHTS = site("pattern", pattern_BHTS, axis=2)
 
@@ -66,9 +77,14 @@ class Attention(nnx.Module):
         z_BTHK = site("z", z_BTHK)
         return affine("BTHK,HKD->BTD", z_BTHK, self.w_o, self.b_o, cfg)
 
-    def _pattern(self, scores_BGRTS: Array, where: Where, layer: Int[Array, ""]) -> Array:
-        """The attention probabilities, from the products of queries and keys."""
+    def scores(self, q_BTHK: Array, k_BSGK: Array, where: Where, layer: Int[Array, ""]) -> Array:
+        """What softmax turns into attention, `[B,G,R,T,S]`; with sinks `[B,G,R,T,S+1]`.
+
+        The least finite number at keys that may not be read.
+        """
         cfg, scale = self.config, self._scale(layer)
+        q_BTGRK = rearrange(q_BTHK, "B T (G R) K -> B T G R K", G=cfg.n_kv_heads)
+        scores_BGRTS = product("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, config=cfg)
         bias = where.bias
         if bias is not None:
             bias = rearrange(bias, "B (G R) S -> B G R 1 S", G=cfg.n_kv_heads)
@@ -82,13 +98,17 @@ class Attention(nnx.Module):
             sinks = self.sinks[...].astype(cfg.acc).reshape(cfg.n_kv_heads, -1, 1, 1)
             sinks = jnp.broadcast_to(over(sinks, scores_BGRTS), (*scores_BGRTS.shape[:-1], 1))
             scores_BGRTS = jnp.concatenate([scores_BGRTS, sinks], -1)
-        pattern_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1)
-        return jnp.where(allowed, pattern_BGRTS[..., : allowed.shape[-1]], 0)
+        return scores_BGRTS
 
     def _scale(self, layer: Int[Array, ""]) -> Array | float:
         scale = self.config.attention_scale
         scale = self.config.d_head**-0.5 if scale is None else scale
         return scale / (layer + 1) if self.config.scale_by_inverse_layer else scale
+
+
+def _projected(x: Array, w: nnx.Param, b: nnx.Param | None, config: ModelConfig) -> Array:
+    """Queries, keys or values, from one input of all heads or from one for each."""
+    return affine("BTD,DHK->BTHK" if x.ndim == 3 else "BTHD,DHK->BTHK", x, w, b, config)
 
 
 def _qk_norm(config: ModelConfig, stack: tuple[int, ...], n_heads: int) -> Norm | None:

@@ -1,5 +1,6 @@
 """One block of the decoder, and with its layers stacked, all of them: the place of the sites."""
 
+import jax.numpy as jnp
 from flax import nnx
 
 from arrakis_jax.axes import Array, Int
@@ -47,29 +48,60 @@ class Block(nnx.Module):
         place, dtype = self.config.norm_placement, x_BTD.dtype
         x_BTD = site("resid_pre", x_BTD)
         y_BTD = x_BTD if place == "stream_after" else self._norm("attn", x_BTD, site)
+        inputs = self.head_inputs(x_BTD, y_BTD, site)
         if self.config.parallel:
-            attn_BTD = self._attn(y_BTD, where, layer, site)
+            attn_BTD = self.attn_write(inputs, where, layer, site)
             y_BTD = y_BTD if self.config.shared_norm else self._norm("mlp", x_BTD, site)
+            y_BTD = self._mlp_input(x_BTD, y_BTD, site)
             x_BTD = x_BTD + attn_BTD
         else:
             x_BTD = y_BTD if place == "stream_before" else x_BTD
-            x_BTD = x_BTD + self._attn(y_BTD, where, layer, site)
+            x_BTD = x_BTD + self.attn_write(inputs, where, layer, site)
             if place == "stream_after":
                 x_BTD = self._norm("attn", x_BTD, site)
             x_BTD = site("resid_mid", x_BTD.astype(dtype))
             y_BTD = x_BTD if place == "stream_after" else self._norm("mlp", x_BTD, site)
+            y_BTD = self._mlp_input(x_BTD, y_BTD, site)
             x_BTD = y_BTD if place == "stream_before" else x_BTD
         if self.mlp is not None or self.moe is not None:
-            x_BTD = x_BTD + self._mlp(y_BTD, site)
+            x_BTD = x_BTD + self.mlp_write(y_BTD, site)
             if place == "stream_after":
                 x_BTD = self._norm("mlp", x_BTD, site)
         return site("resid_post", x_BTD.astype(dtype))
 
-    def _attn(self, y_BTD: Array, where: Where, layer: Int[Array, ""], site: Sites) -> Array:
-        """What attention writes."""
-        return self._write("attn", self.attn(y_BTD, where, layer, site), site)
+    def head_inputs(self, x_BTD: Array, y_BTD: Array, site: Sites) -> tuple[Array, Array, Array]:
+        """What queries, keys and values are made of: one `[B,T,D]`, or `[B,T,heads,D]`."""
+        n_heads, n_kv = self.config.n_heads, self.config.n_kv_heads
 
-    def _mlp(self, y_BTD: Array, site: Sites) -> Array:
+        def of(name: str, n: int) -> Array:
+            if not site.splits(name):
+                return y_BTD
+            shape = (*x_BTD.shape[:2], n, x_BTD.shape[-1])
+            return self.read("attn", site(name, jnp.broadcast_to(x_BTD[..., None, :], shape)), site)
+
+        return of("q_in", n_heads), of("k_in", n_kv), of("v_in", n_kv)
+
+    def _mlp_input(self, x_BTD: Array, y_BTD: Array, site: Sites) -> Array:
+        """What the MLP reads."""
+        has_mlp = self.mlp is not None or self.moe is not None
+        if not (has_mlp and site.splits("mlp_in")):
+            return y_BTD
+        what = "attn" if self.config.shared_norm else "mlp"
+        return self.read(what, site("mlp_in", x_BTD), site)
+
+    def read(self, what: str, x: Array, site: Sites) -> Array:
+        """The stream through the norm before "attn" or "mlp", if that is where a norm stands."""
+        if self.config.norm_placement == "stream_after":
+            return x
+        return self._norm(what, x, site.unseen)
+
+    def attn_write(
+        self, inputs: tuple[Array, Array, Array], where: Where, layer: Int[Array, ""], site: Sites
+    ) -> Array:
+        """What attention writes, from the inputs of queries, keys and values."""
+        return self._write("attn", self.attn(inputs, where, layer, site), site)
+
+    def mlp_write(self, y_BTD: Array, site: Sites) -> Array:
         """What the MLP, or the experts, write."""
         module = self.moe if self.mlp is None else self.mlp
         assert module is not None

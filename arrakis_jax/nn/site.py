@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -15,8 +16,10 @@ class Sites:
 
     Attributes:
         capture: names of the sites to record.
-        taps: arrays added at sites; the gradient with respect to one is the site's gradient.
-        edits: functions `(site, layer, value) -> value`.
+        taps: arrays added at sites, with respect to which the gradient is the site's; or functions
+            of a site's value, pytrees whose leaves are sliced by layer.
+        edits: functions `(site, layer, value) -> value`. One with an attribute `site` that names a
+            reader's input, or `reads` that names several, has that reader read by itself.
         layer: the layer, as a traced scalar.
         mask: `[B,T]`, True at real tokens; None when every token is real.
         index, valid: `[B,N]`, the positions to record, or None for all.
@@ -25,7 +28,7 @@ class Sites:
     """
 
     capture: frozenset[str] = frozenset()
-    taps: dict[str, Array] = field(default_factory=dict)
+    taps: dict[str, Any] = field(default_factory=dict)
     edits: tuple[Callable, ...] = ()
     layer: Int[Array, ""] | None = None
     mask: Bool[Array, "B T"] | None = None
@@ -37,7 +40,8 @@ class Sites:
     def __call__(self, name: str, value: Array, *, axis: int = 1, at_padding: float = 0) -> Array:
         """Passes `value` through the site `name`; its position axis is `axis`."""
         if name in self.taps:
-            value = value + self.taps[name].astype(value.dtype)
+            tap = self.taps[name]
+            value = tap(value) if callable(tap) else value + tap.astype(value.dtype)
         for edit in self.edits:
             value = edit(name, self.layer, value)
         value = self.at_real(value, axis, at_padding)
@@ -45,6 +49,16 @@ class Sites:
             index = None if name in self.whole else self.index
             self.records[name] = select_positions(value, index, self.valid, axis, absent=at_padding)
         return value
+
+    def splits(self, name: str) -> bool:
+        """Whether a tap or an edit is at this reader's input, which then is one of its own."""
+        named = ((getattr(e, "site", None), *getattr(e, "reads", ())) for e in self.edits)
+        return name in self.taps or any(name in names for names in named)
+
+    @property
+    def unseen(self) -> "Sites":
+        """Sites that only keep padding as it is."""
+        return Sites(layer=self.layer, mask=self.mask)
 
     def at_real(self, value: Array, axis: int = 1, at_padding: float = 0) -> Array:
         """`value` at real tokens and the constant at padding."""

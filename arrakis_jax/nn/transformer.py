@@ -109,7 +109,7 @@ class Transformer(nnx.Module):
         mask: Bool[Array, "B T"] | None = None,
         capture: str | tuple[str, ...] | Capture = "residuals",
         edits: Edits = (),
-        taps: dict[str, Array] | None = None,
+        taps: dict[str, Any] | None = None,
     ) -> ModelOutput:
         """The logits and the residual stream.
 
@@ -120,7 +120,8 @@ class Transformer(nnx.Module):
             capture: what to return: "residuals", "all", a tuple of field names, or a Capture.
             edits: changes made on the way, in order.
             taps: arrays added at sites, `[L,...]` or for `embed` and `final` without L: the
-                gradient with respect to a tap of zeros is the gradient at its site.
+                gradient with respect to a tap of zeros is the gradient at its site. Or functions
+                of a site's value, pytrees with such leaves.
         """
         return self.after_embedding(
             self.embed(tokens, mask=mask),
@@ -183,7 +184,7 @@ class Transformer(nnx.Module):
         mask: Array | None = None,
         capture: str | tuple[str, ...] | Capture = "residuals",
         edits: Edits = (),
-        taps: dict[str, Array] | None = None,
+        taps: dict[str, Any] | None = None,
         at: Int[Array, "B N"] | None = None,
         whole: tuple[str, ...] = (),
     ) -> ModelOutput:
@@ -323,6 +324,18 @@ class Transformer(nnx.Module):
         With an int the blocks are a static slice, and the result can be differentiated; with a
         traced scalar only the blocks needed are run, forward or forward-mode only.
         """
+        x_BTD = self.blocks_from(x_BTD, start, mask=mask, edits=edits)
+        return self.readout(x_BTD, mask=mask, edits=edits)
+
+    def blocks_from(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        start: int | Int[Array, ""],
+        *,
+        mask: Array | None = None,
+        edits: Edits = (),
+    ) -> Float[Array, "B T D"]:
+        """The stream after the last block, from that entering block `start`; as in `resume`."""
         n_layers = self.config.n_layers
         places = Places.of(x_BTD.shape[:2], mask)
         site = self._sites(places, Capture(()), edits)
@@ -354,7 +367,7 @@ class Transformer(nnx.Module):
                 return body(x_BTD, (block, {}, layer))[0]
 
             x_BTD = jax.lax.fori_loop(jnp.maximum(begin, first), last, step, x_BTD)
-        return self.readout(x_BTD, mask=mask, edits=edits)
+        return x_BTD
 
     def parts(self) -> list[tuple[Block, range]]:
         """The stacked blocks of each segment, and which layers they are."""
@@ -415,7 +428,7 @@ class Transformer(nnx.Module):
         site: Sites,
         places: Places,
         capture: Capture,
-        taps: dict[str, Array],
+        taps: dict[str, Any],
     ) -> tuple[Array, dict[str, Any], tuple[int, ...] | None]:
         """The stream after all blocks, what was recorded, and of which layers if not of all."""
         wanted = capture.layers
@@ -423,7 +436,9 @@ class Transformer(nnx.Module):
         records = []
         for i, (blocks, layers) in enumerate(self.parts()):
             own = {
-                name: tap[i] if isinstance(tap, tuple) else tap[layers.start : layers.stop]
+                name: tap[i]
+                if isinstance(tap, tuple)
+                else jax.tree.map(lambda x, own=layers: x[own.start : own.stop], tap)
                 for name, tap in taps.items()
                 if not (isinstance(tap, tuple) and tap[i] is None)
             }
