@@ -1,0 +1,244 @@
+"""The effects of patches: a number for each cell and example, with what each of them means."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from arrakis_jax.axes import Array, Float
+from arrakis_jax.checks import checked_choice, checked_count
+from arrakis_jax.errors import expected
+from arrakis_jax.residuals import ABSENT, Record
+from arrakis_jax.table import Table
+
+AXES = ("layer", "position", "head", "neuron")
+
+
+class Cell(NamedTuple):
+    """What was patched: a site, and where; None where everything was.
+
+    Attributes:
+        site: the name of the site.
+        layer: the layer.
+        position: the column of `tokens`.
+        head: the head (key/value head at "k" and "v").
+        neuron: the neuron of `mlp_act`.
+    """
+
+    site: str
+    layer: int | None = None
+    position: int | None = None
+    head: int | None = None
+    neuron: int | None = None
+
+    def __str__(self) -> str:
+        parts = [] if self.layer is None else [f"L{self.layer}"]
+        parts.append(self.site)
+        parts += [f"{n} {i}" for n in ("head", "neuron") if (i := getattr(self, n)) is not None]
+        return " ".join(parts) + ("" if self.position is None else f" @ {self.position}")
+
+
+@dataclass(frozen=True)
+class Cells(Sequence):
+    """The cells of a sweep, site after site, in the order of the effects' axes.
+
+    Attributes:
+        over: the axes, such as ("layer", "position").
+        shapes: for each site, its name and how many cells it has along each axis.
+    """
+
+    over: tuple[str, ...]
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def __repr__(self) -> str:
+        named = (f"{site} {' x '.join(map(str, shape)) or 1}" for site, shape in self.shapes)
+        return f"Cells({len(self)} cells over {self.over}: {', '.join(named)})"
+
+    def __len__(self) -> int:
+        return sum(prod(shape) for _, shape in self.shapes)
+
+    @overload
+    def __getitem__(self, i: int) -> Cell: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> tuple[Cell, ...]: ...
+
+    def __getitem__(self, i: int | slice) -> Cell | tuple[Cell, ...]:
+        """The cell of effect `i`, or those of a slice."""
+        if isinstance(i, slice):
+            return tuple(self[j] for j in range(*i.indices(len(self))))
+        if not -len(self) <= i < len(self):
+            raise IndexError(expected("i", f"in [{-len(self)}, {len(self)})", i, "see len()"))
+        i = int(i) % len(self)
+        for site, shape in self.shapes:
+            if i < prod(shape):
+                where = np.unravel_index(i, shape) if shape else ()
+                return Cell(site, **dict(zip(self.over, map(int, where), strict=True)))
+            i -= prod(shape)
+        raise AssertionError("cells do not cover their own length")
+
+    def __iter__(self) -> Iterator[Cell]:
+        return (self[i] for i in range(len(self)))
+
+
+class TopEffects(NamedTuple):
+    """The largest effects by absolute value: `value [k,B]`, and `index [k,B]` in the labels."""
+
+    value: Array
+    index: Array
+
+
+class MeanEffects(NamedTuple):
+    """Means over examples, with the ends of a bootstrap interval, shaped as effects without B."""
+
+    mean: Any
+    low: Any
+    high: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PatchEffects(Record):
+    """What patches do to a target: `effect = target(patched) - target(base)`, of each example.
+
+    Attributes:
+        effects: one axis for each entry of `over`, in that order, then B; zero at padding. With
+            several sites a dict of such arrays, by site.
+        base: `[B]`, the target of the run that is patched.
+        source: `[B]`, the target of the run that patches come from; None for zero and mean
+            ablation.
+        over: the axes: "layer", "position" (columns of `tokens`), "head", "neuron".
+        method: how the effects were found: "exact", or the name of the approximation.
+        patch: what was put in place: "resample" (of the source), "mean" or "zero".
+    """
+
+    effects: Any
+    base: Float[Array, " B"]
+    source: Float[Array, " B"] = ABSENT
+    over: tuple[str, ...] = field(metadata={"static": True})
+    sites: tuple[str, ...] = field(metadata={"static": True})
+    method: str = field(default="exact", metadata={"static": True})
+    patch: str = field(default="resample", metadata={"static": True})
+
+    @property
+    def meaning(self) -> str:
+        """What the numbers are, in a sentence."""
+        put = {
+            "resample": "the source run's activation",
+            "mean": "the mean of the source run's activations over its real tokens",
+            "zero": "zero",
+        }[self.patch]
+        put = f"target with {put} in place of the base run's, minus the base run's target"
+        return f"{put}{'' if self.method == 'exact' else f', estimated by {self.method}'}"
+
+    @property
+    def by_site(self) -> dict[str, Array]:
+        """The effects of each site."""
+        return self.effects if isinstance(self.effects, dict) else {self.sites[0]: self.effects}
+
+    @property
+    def labels(self) -> Cells:
+        """What was patched, in the order of `terms`."""
+        return Cells(self.over, tuple((s, x.shape[:-1]) for s, x in self.by_site.items()))
+
+    @property
+    def terms(self) -> Float[Array, "C B"]:
+        """All effects as `[C,B]`."""
+        return jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in self.by_site.values()])
+
+    def top(self, k: int) -> TopEffects:
+        """The k effects of largest absolute value of each example, `[k,B]`."""
+        return top_of(self.terms, k)
+
+    def mean(self, *, interval: float = 0.95, draws: int = 1000, seed: int = 0) -> MeanEffects:
+        """The mean over examples, and a percentile bootstrap interval of it.
+
+        Args:
+            interval: the share of bootstrap means inside.
+            draws: how many times the examples are drawn again, with replacement.
+            seed: of these draws.
+        """
+        found = {
+            site: bootstrap(x, interval=interval, draws=draws, seed=seed)
+            for site, x in self.by_site.items()
+        }
+        if not isinstance(self.effects, dict):
+            return found[self.sites[0]]
+        return MeanEffects(*({s: x[i] for s, x in found.items()} for i in range(3)))
+
+    def to_table(self, k: int | None = None) -> Table:
+        """A row for each cell and example, or for the k largest of each example.
+
+        Columns: cell, site, one for each axis of `over`, row, effect.
+        """
+        columns = ("cell", "site", *self.over, "row", "effect")
+        table = Table({name: [] for name in columns})
+        for which, row, value in rows_of(self.terms, k):
+            cell = self.labels[which]
+            where = (getattr(cell, axis) for axis in self.over)
+            for name, entry in zip(
+                columns, (str(cell), cell.site, *where, row, value), strict=True
+            ):
+                table[name].append(entry)
+        return table
+
+
+def top_of(terms: Float[Array, "C B"], k: int) -> TopEffects:
+    """The k largest of C terms by absolute value, for each example."""
+    checked_count("k", k, terms.shape[0])
+    index = jax.lax.top_k(jnp.abs(terms).T, k)[1].T
+    return TopEffects(jnp.take_along_axis(terms, index, 0), index)
+
+
+def rows_of(terms: Float[Array, "C B"], k: int | None) -> Iterator[tuple[int, int, float]]:
+    """Which term, which example and the value, example after example; or only the k largest."""
+    values = np.asarray(terms)
+    index = None if k is None else np.asarray(top_of(terms, k).index)
+    for row in range(values.shape[1]):
+        for i in range(values.shape[0]) if index is None else index[:, row]:
+            yield int(i), row, float(values[i, row])
+
+
+def bootstrap(
+    values: Float[Array, "... B"], *, interval: float = 0.95, draws: int = 1000, seed: int = 0
+) -> MeanEffects:
+    """The mean over the last axis with a percentile bootstrap interval."""
+    if not 0 < interval < 1:
+        raise ValueError(expected("interval", "in (0, 1)", interval, "0.95 is usual"))
+    checked_count("draws", draws, 10**6)
+    n = values.shape[-1]
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+    weight = jnp.asarray(drawn / n, values.dtype)
+    means = jnp.einsum("...B,NB->...N", values, weight, precision="highest")
+    tail = 50 * (1 - interval)
+    low, high = jnp.percentile(means, jnp.array([tail, 100 - tail]), axis=-1)
+    return MeanEffects(values.mean(-1), low, high)
+
+
+def checked_over(over: Any, sites: tuple[str, ...], heads: tuple[str, ...]) -> tuple[str, ...]:
+    """The axes of a sweep, checked against its sites; `heads` are the sites that have heads.
+
+    Raises:
+        TypeError, ValueError: for axes that are unknown, twice there, or not the sites'.
+    """
+    over = (over,) if isinstance(over, str) else tuple(over)
+    for axis in over:
+        checked_choice("over", axis, AXES)
+        if over.count(axis) > 1:
+            raise ValueError(expected("over", "made of different axes", over, "name each once"))
+    for site in sites:
+        wrong = [
+            axis
+            for axis, fits in (("head", site in heads), ("neuron", site == "mlp_act"))
+            if axis in over and not fits
+        ]
+        if site in ("embed", "final") and "layer" in over:
+            wrong.append("layer")
+        if wrong:
+            do = "leave that axis out, or choose another site"
+            raise ValueError(expected("over", f"axes of site {site!r}", f"{wrong[0]!r}", do))
+    return over

@@ -1,0 +1,112 @@
+"""Pairs of runs: the base, which is patched, and the source, whose activations are put in place."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from arrakis_jax.axes import Array
+from arrakis_jax.checks import checked_choice, checked_tokens
+from arrakis_jax.config import ModelConfig
+from arrakis_jax.errors import expected
+from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.residuals import UNSTACKED, ResidualStream, lacking
+
+PATCHES = ("resample", "mean", "zero")
+HEADS = ("q", "k", "v", "z", "pattern")
+SITES = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "final",
+         "q", "k", "v", "pattern", "z", "mlp_act")  # fmt: skip
+
+
+class Pair(NamedTuple):
+    """Checked tokens of both runs and their common mask; no source for zero ablation alone."""
+
+    base: Array
+    source: Array | None
+    mask: Array | None
+
+
+def checked_pair(
+    model: Transformer,
+    clean: Any,
+    corrupt: Any,
+    mask: Any,
+    *,
+    base: str = "clean",
+    patch: str = "resample",
+    check: bool = False,
+) -> Pair:
+    """The tokens of a batch of pairs, of one shape and mask, as base and source.
+
+    Raises:
+        TypeError, ValueError: for tokens or a mask that do not fit, or pairs of unequal shape.
+    """
+    checked_choice("base", base, ("clean", "corrupt"))
+    checked_choice("patch", patch, PATCHES)
+    clean, real = checked_tokens(model.config, clean, mask, check=check, name="clean")
+    if corrupt is None:
+        if patch == "zero" and base == "clean":
+            return Pair(clean, None, real)
+        do = "give the prompts that patches come from"
+        raise TypeError(expected("corrupt", "token ids `[B,T]`", "None", do))
+    corrupt, _ = checked_tokens(model.config, corrupt, mask, check=check, name="corrupt")
+    if clean.shape != corrupt.shape:
+        do = "make pairs of equal length, token for token"
+        raise ValueError(
+            expected("corrupt", f"of clean's shape {clean.shape}", f"shape {corrupt.shape}", do)
+        )
+    pair = (clean, corrupt) if base == "clean" else (corrupt, clean)
+    return Pair(*pair, real)
+
+
+def checked_sites(config: ModelConfig, sites: Any, *, known: tuple[str, ...] = SITES) -> tuple:
+    """Sites as a tuple of names that the model has.
+
+    Raises:
+        TypeError, ValueError: for sites that are unknown, twice there, or not the model's.
+    """
+    names = (sites,) if isinstance(sites, str) else tuple(sites)
+    absent = lacking(config)
+    present = tuple(s for s in known if s not in absent)
+    if config.n_experts:
+        # Of two runs that go to different experts, neurons do not correspond.
+        present = tuple(s for s in present if s != "mlp_act")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(expected("sites", "different names, at least one", names, "name them"))
+    for name in names:
+        if name not in present:
+            do = "choose one of them"
+            raise ValueError(expected("sites", f"made of {present}", repr(name), do))
+    return names
+
+
+def fields_of(sites: tuple[str, ...]) -> tuple[str, ...]:
+    """The fields of a stream from which the values at these sites are read."""
+    fields = {
+        f: None for s in sites for f in (("resid_pre", "final") if s == "resid_post" else (s,))
+    }
+    return tuple(fields)
+
+
+def values_at(
+    stream: ResidualStream, sites: tuple[str, ...], patch: str = "resample"
+) -> dict[str, Array]:
+    """What is put in place at each site: `[L,B,T,...]`, or for embed and final without L.
+
+    Means are over the real tokens of all examples, and broadcast.
+    """
+    found: dict[str, Any] = {site: getattr(stream, site) for site in sites}
+    if patch == "zero":
+        return jax.tree.map(jnp.zeros_like, found)
+    if patch == "resample":
+        return found
+    return {site: _mean(stream, site, value) for site, value in found.items()}
+
+
+def _mean(stream: ResidualStream, site: str, value: Array) -> Array:
+    if site == "pattern":
+        do = "a mean pattern of rows of unequal length is none; patch q, k or z"
+        raise ValueError(expected("sites", "without 'pattern' with patch='mean'", site, do))
+    axes = (0, 1) if site in UNSTACKED else (1, 2)  # zero at padding
+    mean = value.sum(axes, keepdims=True) / stream.mask.sum()
+    return jnp.broadcast_to(mean, value.shape)
