@@ -41,6 +41,9 @@ from arrakis_jax.decomposition.top import TopAttribution, top_attribution
 from arrakis_jax.demo import demo_model
 from arrakis_jax.edits import Add, Edit, Project, Replace, Scale, Set
 from arrakis_jax.errors import CheckpointError, NotCapturedError
+from arrakis_jax.evaluation.agreement import Agreement, agreement
+from arrakis_jax.evaluation.sanity import randomisation_check, randomised_weights
+from arrakis_jax.evaluation.tokens import Curves, TokenFaithfulness, token_faithfulness
 from arrakis_jax.families import config_for
 from arrakis_jax.forward import cpu_compiler_options, resume, run
 from arrakis_jax.labels import Label, Labels
@@ -66,6 +69,7 @@ del version
 
 __all__ = [
     "Add",
+    "Agreement",
     "Attribution",
     "CKA",
     "Capture",
@@ -74,6 +78,7 @@ __all__ = [
     "CompositionBaseline",
     "Continuation",
     "CopyingRanks",
+    "Curves",
     "Custom",
     "Decomposition",
     "DirectionAttribution",
@@ -112,10 +117,12 @@ __all__ = [
     "StreamGeometry",
     "Table",
     "Target",
+    "TokenFaithfulness",
     "TopAttribution",
     "TopTokens",
     "Transformer",
     "VirtualHead",
+    "agreement",
     "attribute_movement",
     "attribute_to",
     "bigram_logits",
@@ -145,6 +152,8 @@ __all__ = [
     "path_expansion",
     "qk_matrices",
     "qk_table",
+    "randomisation_check",
+    "randomised_weights",
     "repeated_tokens",
     "residual_decomposition",
     "residual_gradients",
@@ -154,6 +163,7 @@ __all__ = [
     "save",
     "skip_trigrams",
     "stream_geometry",
+    "token_faithfulness",
     "token_id",
     "tokenizer_for",
     "top_attribution",

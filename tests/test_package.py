@@ -26,10 +26,11 @@ LAYERS = (
     ("tokens",),
     ("decomposition", "movement", "attribution", "circuits"),
     ("patching",),
+    ("evaluation",),
     ("demo", "residual_tools"),
     ("cli",),
 )
-ANALYSIS = ("decomposition", "movement", "attribution", "circuits", "patching")
+ANALYSIS = ("decomposition", "movement", "attribution", "circuits", "patching", "evaluation")
 
 
 def imports(path: Path) -> set[str]:

@@ -1,0 +1,1 @@
+"""Evaluation: is an attribution right?"""

@@ -1,0 +1,126 @@
+"""How well estimated effects agree with exact ones: ranks, signs, and what was missed."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from arrakis_jax.axes import Array, Bool, Float
+from arrakis_jax.errors import expected
+from arrakis_jax.numerics import contract
+from arrakis_jax.patching.effects import PatchEffects
+from arrakis_jax.residuals import Record
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Agreement(Record):
+    """How an estimate of C effects agrees with the exact ones, for each example.
+
+    Attributes:
+        rank_correlation: `[B]`, Spearman's, with average ranks for ties; NaN where either has no
+            order.
+        sign_agreement: `[B]`, the share of terms whose signs are equal.
+        top_overlap: `[B]`, the share of the exact effects' largest that are among the estimate's
+            as many largest, by absolute value.
+        false_negatives: `[B]`, the share of the exact effects' largest that the estimate leaves
+            out of its largest tenth.
+        n: `[B]`, how many terms were compared: those with an exact effect above `least`.
+        share: what part of the terms the largest are.
+    """
+
+    rank_correlation: Float[Array, " B"]
+    sign_agreement: Float[Array, " B"]
+    top_overlap: Float[Array, " B"]
+    false_negatives: Float[Array, " B"]
+    n: Float[Array, " B"]
+    share: float = field(metadata={"static": True})
+
+
+def agreement(
+    found: Any, exact: Any, *, least: float | Array = 0.0, share: float = 0.01
+) -> Agreement:
+    """Compares estimated with exact effects, for each example.
+
+    Args:
+        found: effects `[...,B]`, or a PatchEffects (of the same sites and axes as `exact`). To
+            compare means over examples, pass `found.mean().mean[..., None]`.
+        exact: likewise.
+        least: only terms whose exact effect is larger than this in absolute value are compared:
+            the noise, a number or `[B]`.
+        share: the part of the compared terms that counts as the largest, at least one.
+
+    Returns:
+        An Agreement.
+
+    Raises:
+        ValueError: for effects of unequal shape, or a share outside of (0, 1].
+
+    Example:
+        >>> exact = jnp.array([[3.0], [-2.0], [0.5]])
+        >>> agreement(2 * exact, exact).rank_correlation
+        Array([1.], dtype=float32)
+
+    Reference:
+        Kramar et al. 2024 (AtP*), who count false negatives; Spearman's correlation with average
+        ranks.
+    """
+    found, exact = (
+        x.terms if isinstance(x, PatchEffects) else jnp.asarray(x) for x in (found, exact)
+    )
+    if found.shape != exact.shape or exact.ndim < 2:
+        do = "compare the same cells, with the examples last"
+        must = f"of exact's shape {exact.shape}, `[...,B]`"
+        raise ValueError(expected("found", must, f"shape {found.shape}", do))
+    if not 0 < share <= 1:
+        raise ValueError(expected("share", "in (0, 1]", share, "0.01 is the largest hundredth"))
+    n_rows = exact.shape[-1]
+    least = jnp.broadcast_to(jnp.asarray(least, exact.dtype), (n_rows,))
+    return _agreement(found.reshape(-1, n_rows), exact.reshape(-1, n_rows), least, share=share)
+
+
+def _agreement(found_CB: Array, exact_CB: Array, least_B: Array, *, share: float) -> Agreement:
+    acc = jnp.promote_types(exact_CB.dtype, jnp.float32)
+    values = (found_CB.astype(acc).T, exact_CB.astype(acc).T, least_B.astype(acc))
+    measures = jax.vmap(lambda *row: _of_row(*row, share=share))(*values)
+    return Agreement(**measures, share=share)
+
+
+def _of_row(found_C: Array, exact_C: Array, least: Array, *, share: float) -> dict[str, Array]:
+    kept_C = jnp.abs(exact_C) > least
+    n = kept_C.sum()
+    size = jnp.where(kept_C, jnp.abs(exact_C), -1)
+    guess = jnp.where(kept_C, jnp.abs(found_C), -1)
+    place, guessed = (jnp.argsort(jnp.argsort(-x)) for x in (size, guess))
+    k = jnp.ceil(share * n)
+    largest = place < k
+    same = jnp.sign(found_C) == jnp.sign(exact_C)
+
+    def part(of: Array, among: Array) -> Array:
+        return jnp.sum(of & among) / jnp.sum(among)
+
+    return {
+        "rank_correlation": rank_correlation(found_C, exact_C, kept_C),
+        "sign_agreement": part(same, kept_C),
+        "top_overlap": part(guessed < k, largest),
+        "false_negatives": part(guessed >= jnp.maximum(jnp.ceil(0.1 * n), k), largest),
+        "n": n,
+    }
+
+
+def rank_correlation(
+    a: Float[Array, " C"], b: Float[Array, " C"], kept: Bool[Array, " C"]
+) -> Float[Array, ""]:
+    """Spearman's rank correlation of the terms kept, with average ranks for ties."""
+    a, b = (_ranks(x, kept) for x in (a, b))
+    n = kept.sum()
+    a, b = (jnp.where(kept, x - x.sum() / n, 0) for x in (a, b))
+    return contract("C,C->", a, b) / jnp.sqrt(jnp.square(a).sum() * jnp.square(b).sum())
+
+
+def _ranks(x: Float[Array, " C"], kept: Bool[Array, " C"]) -> Float[Array, " C"]:
+    """Average ranks among those kept, zero elsewhere."""
+    ordered = jnp.sort(jnp.where(kept, x, jnp.inf))
+    below, up_to = (jnp.searchsorted(ordered, x, side=side) for side in ("left", "right"))
+    return jnp.where(kept, (below + up_to + 1) / 2, 0).astype(x.dtype)

@@ -1,0 +1,237 @@
+"""Are the tokens that an attribution names those that the output needs? Take them away and see."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from arrakis_jax.attribution.gradients import target_value
+from arrakis_jax.axes import Array, Bool, Float, Int, over
+from arrakis_jax.checks import Mask, Tokens, checked_count, checked_tokens, host
+from arrakis_jax.errors import expected
+from arrakis_jax.forward import compiled
+from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.places import Places
+from arrakis_jax.residuals import Record
+from arrakis_jax.targets import checked_target
+
+SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Curves(Record):
+    """How a target falls as tokens are taken away in some order, and rises as they come back.
+
+    Attributes:
+        deletion: `[T+1,B]`, the target without the first k tokens of the order, k = 0 to T; beyond
+            a row's own number of tokens as at it.
+        insertion: `[T+1,B]`, the target with the first k tokens alone.
+        deletion_auc: `[B]`, the area under the deletion curve over the share of tokens taken away,
+            with the target normalised to 1 with all tokens and 0 with none: small is good.
+        insertion_auc: `[B]`, likewise: large is good.
+        comprehensiveness: `[B]`, the mean loss without the first 1, 5, 10, 20 and 50 % of the
+            tokens (rounded up): large is good.
+        sufficiency: `[B]`, the mean loss with these alone: small is good.
+    """
+
+    deletion: Float[Array, "K B"]
+    insertion: Float[Array, "K B"]
+    deletion_auc: Float[Array, " B"]
+    insertion_auc: Float[Array, " B"]
+    comprehensiveness: Float[Array, " B"]
+    sufficiency: Float[Array, " B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TokenFaithfulness(Record):
+    """The curves of an attribution's order of tokens, beside those of its controls.
+
+    Attributes:
+        found: the attribution's, the largest first.
+        reversed: the smallest first.
+        random: `[N,...]`, N random orders, each followed by its reverse.
+        n_tokens: `[B]`, how many tokens each row has that can be taken away.
+        full: `[B]`, the target with all of them.
+        empty: `[B]`, with none.
+    """
+
+    found: Curves
+    reversed: Curves
+    random: Curves
+    n_tokens: Int[Array, " B"]
+    full: Float[Array, " B"]
+    empty: Float[Array, " B"]
+
+
+def token_faithfulness(
+    model: Transformer,
+    tokens: Tokens,
+    scores: Float[Array, "B T"],
+    target: Any,
+    *,
+    mask: Mask | None = None,
+    baseline: Array | None = None,
+    first: bool = False,
+    draws: int = 10,
+    seed: int = 0,
+    step_batch: int = 1,
+    check: bool = False,
+) -> TokenFaithfulness:
+    """Deletion and insertion curves of scores of tokens, and what they come to.
+
+    A token is taken away by putting the baseline in place of its embedding; its position stays.
+
+    Args:
+        model: the transformer.
+        tokens: `[B,T]` token ids.
+        scores: `[B,T]`, what orders the tokens, the largest first: those of
+            `feature_attribution(...).tokens`, say. They should be signed: more of it, more target.
+        target: a target, or token ids whose logit it is.
+        mask: `[B,T]`.
+        baseline: `[D]` or `[B,T,D]` token embeddings; None for the mean embedding.
+        first: whether each row's first token (BOS) can be taken away too.
+        draws: how many random orders are made, an even number.
+        seed: of these. A row's orders depend on its own tokens alone, in whatever batch.
+        step_batch: how many forwards are run at once; bounds memory.
+        check: also check the values of arrays that are on an accelerator.
+
+    Returns:
+        A TokenFaithfulness. Costs `(2 + draws) (T + 1)` forwards.
+
+    Raises:
+        TypeError, ValueError, IndexError: for tokens, scores or a target that do not fit.
+
+    Example:
+        >>> model, tokenizer = demo_model()
+        >>> tokens, mask = encode(tokenizer, "Alice and Tom met, Tom gave a book to")
+        >>> alice, tom = (token_id(tokenizer, name) for name in (" Alice", " Tom"))
+        >>> goal = Logit(alice, tom)
+        >>> scores = feature_attribution(model, tokens, goal, mask=mask).tokens
+        >>> token_faithfulness(model, tokens, scores, goal, mask=mask).random.deletion_auc.shape
+        (10, 1)
+
+    Reference:
+        Samek et al. 2017 and Petsiuk et al. 2018 (deletion and insertion); DeYoung et al. 2020
+        (comprehensiveness and sufficiency).
+    """
+    tokens, mask = checked_tokens(model.config, tokens, mask, check=check)
+    target = checked_target(model, tokens, target, mask)
+    scores = jnp.asarray(scores)
+    if scores.shape != tokens.shape:
+        do = "give a score for each token"
+        raise ValueError(
+            expected("scores", f"of the tokens' shape {tokens.shape}", f"shape {scores.shape}", do)
+        )
+    real = None if mask is None else host(mask)
+    shortest = tokens.shape[1] if real is None else int(real.sum(-1).min())
+    if shortest < 2 and not first:
+        do = "drop such rows, or pass first=True"
+        raise ValueError(expected("tokens", "two real tokens long or more", shortest, do))
+    if not isinstance(draws, int) or draws < 2 or draws % 2:
+        do = "every random order is followed by its reverse"
+        raise ValueError(expected("draws", "an even number from 2 on", draws, do))
+    checked_count("step_batch", step_batch, 10**6)
+    d = model.config.d_model
+    if baseline is not None:
+        baseline = jnp.asarray(baseline, model.config.acc)
+        if baseline.shape not in ((d,), (*tokens.shape, d)):
+            must = f"of shape ({d},) or {(*tokens.shape, d)}"
+            do = "give token embeddings"
+            raise ValueError(expected("baseline", must, f"shape {baseline.shape}", do))
+    return _token_faithfulness(
+        model, tokens, mask, scores, target, baseline, seed,
+        first=bool(first), draws=int(draws), step_batch=int(step_batch),
+    )  # fmt: skip
+
+
+@compiled("first", "draws", "step_batch")
+def _token_faithfulness(
+    model, tokens, mask, scores, target, baseline, seed, *, first, draws, step_batch
+):
+    places = Places.of(tokens.shape, mask)
+    real_BT = places.real
+    free_BT = real_BT if first else real_BT & (places.position > 0)
+    n_B, width = free_BT.sum(-1), tokens.shape[1]
+    x_BTD = model.embed(tokens, mask=mask)
+    e_BTD = jnp.where(real_BT[..., None], model.embed_tokens(jnp.where(real_BT, tokens, 0)), 0)
+    baseline = model.mean_embedding() if baseline is None else baseline
+    change_BTD = jnp.where(free_BT[..., None], over(baseline, e_BTD) - e_BTD, 0)
+
+    key = jax.random.key(seed)
+    orders = [scores, *(_random(key, tokens, places, i) for i in range(draws // 2))]
+    rank = jnp.stack([_ranked(order, free_BT) for order in orders], 0)
+    # Each order beside its reverse, whose deletions are its insertions.
+    rank_NBT = jnp.stack([rank, jnp.where(free_BT[None], (n_B[:, None] - 1)[None] - rank, rank)], 1)
+    rank_NBT = rank_NBT.reshape(-1, *tokens.shape)
+
+    def without(at: tuple[Array, Array]) -> Float[Array, " B"]:
+        rank_BT, k = at
+        x = x_BTD + jnp.where((rank_BT < k)[..., None], change_BTD, 0)
+        return target_value(model, x, mask, target)[0]
+
+    n_orders, ks = len(rank_NBT), jnp.arange(width + 1)
+    every = jnp.repeat(rank_NBT, width + 1, 0), jnp.tile(ks, n_orders)
+    value = jax.lax.map(without, every, batch_size=step_batch)
+    deletion_NKB = value.reshape(n_orders, width + 1, -1)
+    left_KB = jnp.maximum(n_B[None] - ks[:, None], 0)
+    pairs = deletion_NKB.reshape(-1, 2, *deletion_NKB.shape[1:])[:, ::-1]
+    insertion_NKB = jnp.take_along_axis(pairs.reshape(deletion_NKB.shape), left_KB[None], 1)
+
+    curves = jax.vmap(lambda d, i: _curves(d, i, n_B))(deletion_NKB, insertion_NKB)
+    of = [jax.tree.map(lambda x, i=i: x[i], curves) for i in (0, 1)]
+    return TokenFaithfulness(
+        found=of[0],
+        reversed=of[1],
+        random=jax.tree.map(lambda x: x[2:], curves),
+        n_tokens=n_B,
+        full=deletion_NKB[0, 0],
+        empty=deletion_NKB[0, -1],
+    )
+
+
+def _curves(deletion_KB: Array, insertion_KB: Array, n_B: Array) -> Curves:
+    """What the curves of one order come to."""
+    full_B, empty_B = deletion_KB[0], deletion_KB[-1]
+
+    def area(curve_KB: Array) -> Float[Array, " B"]:
+        share_KB = (curve_KB - empty_B[None]) / (full_B - empty_B)[None]
+        between_KB = (share_KB[1:] + share_KB[:-1]) / 2
+        steps = jnp.arange(between_KB.shape[0])[:, None] < n_B[None]
+        return jnp.where(steps, between_KB, 0).sum(0) / n_B
+
+    def loss(curve_KB: Array) -> Float[Array, " B"]:
+        # A hair less, so that 0.1 of 10 tokens is one, whatever its rounding.
+        share = jnp.array(SHARES, full_B.dtype)[:, None]
+        k = jnp.maximum(jnp.ceil(share * n_B[None] - 1e-4), 1).astype(int)
+        return full_B - jnp.take_along_axis(curve_KB, k, 0).mean(0)
+
+    return Curves(
+        deletion=deletion_KB,
+        insertion=insertion_KB,
+        deletion_auc=area(deletion_KB),
+        insertion_auc=area(insertion_KB),
+        comprehensiveness=loss(deletion_KB),
+        sufficiency=loss(insertion_KB),
+    )
+
+
+def _ranked(order_BT: Float[Array, "B T"], free_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Each free token's place from the largest down, ties in order of position; the rest last."""
+    key_BT = jnp.where(free_BT, -order_BT, jnp.inf)
+    return jnp.argsort(jnp.argsort(key_BT, -1, stable=True), -1)
+
+
+def _random(key: Array, tokens: Array, places: Places, draw: int) -> Float[Array, "B T"]:
+    """Random numbers that depend on a row's own tokens and positions, not on its batch."""
+    ids_BT = jnp.where(places.real, tokens, 0)
+    odd_BT = 2 * places.position + 1
+    sum_B = jnp.where(places.real, (ids_BT + 1) * odd_BT, 0).sum(-1)
+
+    def row(number: Array, position_T: Array) -> Float[Array, " T"]:
+        own = jax.random.fold_in(jax.random.fold_in(key, number), draw)
+        return jax.vmap(lambda p: jax.random.uniform(jax.random.fold_in(own, p)))(position_T)
+
+    return jax.vmap(row)(sum_B, places.position)
