@@ -81,6 +81,8 @@ def test_the_batch_of_forwards_and_new_targets():
     assert names == []
     whole = token_faithfulness(m, tokens, scores, Entropy(), mask=mask, draws=2, first=True)
     np.testing.assert_array_equal(whole.n_tokens, [5, 3])
+    four = token_faithfulness(m, tokens, scores, Logit(3), mask=mask, draws=4).random.deletion
+    assert not np.allclose(four[0], four[2]) and np.allclose(four[:2], one.random.deletion)
 
 
 def test_bad_input():

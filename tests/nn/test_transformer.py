@@ -484,3 +484,38 @@ class TestSegments:
             self.go(m, edits=Set("mlp_act", np.ones(28), layer=0))
         with pytest.raises(ValueError, match="a tuple of 2, one for each segment, got 3 values"):
             self.go(m, edits=Set("mlp_act", (None, None, 1.0)))
+
+
+@pytest.mark.parametrize(
+    "variant", ["llama3", "gpt2", "both", "post", "parallel", "shared_norm", "mixed", "no_norm"]
+)
+def test_what_is_added_to_the_stream_is_added_to_every_reader(variant, x64):
+    m = model(variant, dtype="float64")
+    tokens, mask, _ = batch(lengths=(5, 3))
+    step = np.random.default_rng(0).normal(size=20)
+    stream = run(m, tokens, mask=mask, edits=Add("resid_post", step, layer=0)).logits
+    readers = ("q_in", "k_in", "v_in", "mlp_in")
+    each = [Add(site, step, layer=i) for site in readers for i in (1, 2)]
+    close(run(m, tokens, mask=mask, edits=(*each, Add("final", step))).logits, stream, 1e-12)
+    some = run(m, tokens, mask=mask, edits=each[1:]).logits
+    assert np.abs(some - stream).max() > 1e-6
+
+
+def test_one_reader_reads_by_itself(x64):
+    m = model(norm=None, norm_eps=None, positions=None, rope_theta=None, dtype="float64")
+    tokens, mask, _ = batch(lengths=(5, 3))
+    step = np.random.default_rng(0).normal(size=20)
+    plain = run(m, tokens, mask=mask, capture="all").residuals
+    attn = m.blocks.attn
+    for site, w, head in (("q", attn.w_q, 4), ("k", attn.w_k, 1), ("v", attn.w_v, 2)):
+        edit = Add(f"{site}_in", step, layer=1, head=head, position=1)
+        found = run(m, tokens, mask=mask, edits=edit, capture="all").residuals
+        change = np.zeros(getattr(plain, site).shape)[1]
+        change[[0, 1], [np.flatnonzero(row)[1] for row in mask], head] = step @ w[...][1, :, head]
+        close(getattr(found, site)[1], getattr(plain, site)[1] + change, 1e-12)
+        for other in {"q", "k", "v"} - {site}:
+            np.testing.assert_array_equal(getattr(found, other)[1], getattr(plain, other)[1])
+        np.testing.assert_array_equal(found.resid_pre[:2], plain.resid_pre[:2])
+    found = run(m, tokens, mask=mask, edits=Add("mlp_in", step, layer=1), capture="all").residuals
+    np.testing.assert_array_equal(found.resid_mid[:2], plain.resid_mid[:2])
+    assert np.abs(found.mlp_out[1] - plain.mlp_out[1]).max() > 1e-3
