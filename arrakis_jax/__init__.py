@@ -58,6 +58,18 @@ from arrakis_jax.movement.layers import (
 )
 from arrakis_jax.movement.routes import FlowRoutes, flow_routes
 from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.patching.circuits import (
+    CircuitFaithfulness,
+    circuit_faithfulness,
+    run_circuit,
+)
+from arrakis_jax.patching.edges import Edge, EdgeEffects, edge_attribution
+from arrakis_jax.patching.effects import Cell, PatchEffects
+from arrakis_jax.patching.graph import Graph, Node
+from arrakis_jax.patching.nodes import attribution_patching
+from arrakis_jax.patching.paths import PathEffects, path_patching
+from arrakis_jax.patching.select import greedy_edges, pruned, top_edges
+from arrakis_jax.patching.sweep import patch_sweep
 from arrakis_jax.residual_tools import ResidualTools
 from arrakis_jax.residuals import Capture, ModelOutput, ResidualStream, Routing
 from arrakis_jax.table import Table
@@ -73,7 +85,9 @@ __all__ = [
     "Attribution",
     "CKA",
     "Capture",
+    "Cell",
     "CheckpointError",
+    "CircuitFaithfulness",
     "Composition",
     "CompositionBaseline",
     "Continuation",
@@ -82,10 +96,13 @@ __all__ = [
     "Custom",
     "Decomposition",
     "DirectionAttribution",
+    "Edge",
+    "EdgeEffects",
     "Edit",
     "Entropy",
     "Factored",
     "FlowRoutes",
+    "Graph",
     "HeadScores",
     "InformationFlow",
     "KL",
@@ -100,8 +117,11 @@ __all__ = [
     "Movement",
     "MovementAttribution",
     "MovementMatrix",
+    "Node",
     "NotCapturedError",
+    "PatchEffects",
     "Path",
+    "PathEffects",
     "PathTerms",
     "Prob",
     "Project",
@@ -125,8 +145,10 @@ __all__ = [
     "agreement",
     "attribute_movement",
     "attribute_to",
+    "attribution_patching",
     "bigram_logits",
     "capture_for",
+    "circuit_faithfulness",
     "composition_baseline",
     "composition_scores",
     "config_for",
@@ -136,10 +158,12 @@ __all__ = [
     "cpu_compiler_options",
     "decompose",
     "demo_model",
+    "edge_attribution",
     "encode",
     "feature_attribution",
     "flow_routes",
     "from_pretrained",
+    "greedy_edges",
     "head_scores",
     "information_flow",
     "linear_cka",
@@ -149,7 +173,10 @@ __all__ = [
     "movement_matrix",
     "ov_matrices",
     "ov_table",
+    "patch_sweep",
     "path_expansion",
+    "path_patching",
+    "pruned",
     "qk_matrices",
     "qk_table",
     "randomisation_check",
@@ -160,6 +187,7 @@ __all__ = [
     "residual_movement",
     "resume",
     "run",
+    "run_circuit",
     "save",
     "skip_trigrams",
     "stream_geometry",
@@ -168,5 +196,6 @@ __all__ = [
     "tokenizer_for",
     "top_attribution",
     "top_bigrams",
+    "top_edges",
     "virtual_head",
 ]

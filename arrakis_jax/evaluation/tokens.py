@@ -6,13 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.attribution.gradients import target_value
-from arrakis_jax.axes import Array, Bool, Float, Int, over
+from arrakis_jax.attribution.inputs import Inputs, checked_baseline
+from arrakis_jax.axes import Array, Bool, Float, Int
 from arrakis_jax.checks import Mask, Tokens, checked_count, checked_tokens, host
 from arrakis_jax.errors import expected
 from arrakis_jax.forward import compiled
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.places import Places
 from arrakis_jax.residuals import Record
 from arrakis_jax.targets import checked_target
 
@@ -29,7 +28,7 @@ class Curves(Record):
             a row's own number of tokens as at it.
         insertion: `[T+1,B]`, the target with the first k tokens alone.
         deletion_auc: `[B]`, the area under the deletion curve over the share of tokens taken away,
-            with the target normalised to 1 with all tokens and 0 with none: small is good.
+            the mean target on the way (`TokenFaithfulness.normalised`): small is good.
         insertion_auc: `[B]`, likewise: large is good.
         comprehensiveness: `[B]`, the mean loss without the first 1, 5, 10, 20 and 50 % of the
             tokens (rounded up): large is good.
@@ -65,6 +64,14 @@ class TokenFaithfulness(Record):
     full: Float[Array, " B"]
     empty: Float[Array, " B"]
 
+    def normalised(self, target: Float[Array, "... B"]) -> Float[Array, "... B"]:
+        """A target or an area as a share: 0 with no tokens, 1 with all.
+
+        It is wild where all tokens hardly change the target: over many examples, rather divide the
+        means.
+        """
+        return (target - self.empty) / (self.full - self.empty)
+
 
 def token_faithfulness(
     model: Transformer,
@@ -73,7 +80,7 @@ def token_faithfulness(
     target: Any,
     *,
     mask: Mask | None = None,
-    baseline: Array | None = None,
+    baseline: str | int | Array | None = None,
     first: bool = False,
     draws: int = 10,
     seed: int = 0,
@@ -91,7 +98,8 @@ def token_faithfulness(
             `feature_attribution(...).tokens`, say. They should be signed: more of it, more target.
         target: a target, or token ids whose logit it is.
         mask: `[B,T]`.
-        baseline: `[D]` or `[B,T,D]` token embeddings; None for the mean embedding.
+        baseline: as in `feature_attribution`: "mean" (None), "zero", a token id, `[B,T]` ids of a
+            counterfactual prompt, or embeddings.
         first: whether each row's first token (BOS) can be taken away too.
         draws: how many random orders are made, an even number.
         seed: of these. A row's orders depend on its own tokens alone, in whatever batch.
@@ -134,13 +142,8 @@ def token_faithfulness(
         do = "every random order is followed by its reverse"
         raise ValueError(expected("draws", "an even number from 2 on", draws, do))
     checked_count("step_batch", step_batch, 10**6)
-    d = model.config.d_model
-    if baseline is not None:
-        baseline = jnp.asarray(baseline, model.config.acc)
-        if baseline.shape not in ((d,), (*tokens.shape, d)):
-            must = f"of shape ({d},) or {(*tokens.shape, d)}"
-            do = "give token embeddings"
-            raise ValueError(expected("baseline", must, f"shape {baseline.shape}", do))
+    baseline = checked_baseline(model.config, baseline, tokens, mask, check=check)
+    baseline = None if baseline is None else jnp.asarray(baseline)
     return _token_faithfulness(
         model, tokens, mask, scores, target, baseline, seed,
         first=bool(first), draws=int(draws), step_batch=int(step_batch),
@@ -151,26 +154,24 @@ def token_faithfulness(
 def _token_faithfulness(
     model, tokens, mask, scores, target, baseline, seed, *, first, draws, step_batch
 ):
-    places = Places.of(tokens.shape, mask)
-    real_BT = places.real
-    free_BT = real_BT if first else real_BT & (places.position > 0)
-    n_B, width = free_BT.sum(-1), tokens.shape[1]
-    x_BTD = model.embed(tokens, mask=mask)
-    e_BTD = jnp.where(real_BT[..., None], model.embed_tokens(jnp.where(real_BT, tokens, 0)), 0)
-    baseline = model.mean_embedding() if baseline is None else baseline
-    change_BTD = jnp.where(free_BT[..., None], over(baseline, e_BTD) - e_BTD, 0)
+    inputs = Inputs.of(model, tokens, mask, target)
+    places, width = inputs.places, tokens.shape[1]
+    free_BT = places.real if first else places.real & (places.position > 0)
+    n_B = free_BT.sum(-1)
+    b_BTD = inputs.baseline(baseline)
 
     key = jax.random.key(seed)
-    orders = [scores, *(_random(key, tokens, places, i) for i in range(draws // 2))]
-    rank = jnp.stack([_ranked(order, free_BT) for order in orders], 0)
+    random = jax.vmap(lambda draw: _random(key, inputs, draw))(jnp.arange(draws // 2))
+    orders = jnp.concatenate([scores[None].astype(random.dtype), random])
+    rank = jax.vmap(lambda order: _ranked(order, free_BT))(orders)
     # Each order beside its reverse, whose deletions are its insertions.
     rank_NBT = jnp.stack([rank, jnp.where(free_BT[None], (n_B[:, None] - 1)[None] - rank, rank)], 1)
     rank_NBT = rank_NBT.reshape(-1, *tokens.shape)
 
     def without(at: tuple[Array, Array]) -> Float[Array, " B"]:
         rank_BT, k = at
-        x = x_BTD + jnp.where((rank_BT < k)[..., None], change_BTD, 0)
-        return target_value(model, x, mask, target)[0]
+        gone_BT = free_BT & (rank_BT < k)
+        return inputs.value(jnp.where(gone_BT[..., None], b_BTD, inputs.e_BTD))
 
     n_orders, ks = len(rank_NBT), jnp.arange(width + 1)
     every = jnp.repeat(rank_NBT, width + 1, 0), jnp.tile(ks, n_orders)
@@ -194,11 +195,10 @@ def _token_faithfulness(
 
 def _curves(deletion_KB: Array, insertion_KB: Array, n_B: Array) -> Curves:
     """What the curves of one order come to."""
-    full_B, empty_B = deletion_KB[0], deletion_KB[-1]
+    full_B = deletion_KB[0]
 
     def area(curve_KB: Array) -> Float[Array, " B"]:
-        share_KB = (curve_KB - empty_B[None]) / (full_B - empty_B)[None]
-        between_KB = (share_KB[1:] + share_KB[:-1]) / 2
+        between_KB = (curve_KB[1:] + curve_KB[:-1]) / 2
         steps = jnp.arange(between_KB.shape[0])[:, None] < n_B[None]
         return jnp.where(steps, between_KB, 0).sum(0) / n_B
 
@@ -224,14 +224,13 @@ def _ranked(order_BT: Float[Array, "B T"], free_BT: Bool[Array, "B T"]) -> Int[A
     return jnp.argsort(jnp.argsort(key_BT, -1, stable=True), -1)
 
 
-def _random(key: Array, tokens: Array, places: Places, draw: int) -> Float[Array, "B T"]:
+def _random(key: Array, inputs: Inputs, draw: Array) -> Float[Array, "B T"]:
     """Random numbers that depend on a row's own tokens and positions, not on its batch."""
-    ids_BT = jnp.where(places.real, tokens, 0)
-    odd_BT = 2 * places.position + 1
-    sum_B = jnp.where(places.real, (ids_BT + 1) * odd_BT, 0).sum(-1)
+    position_BT, real_BT = inputs.places.position, inputs.places.real
+    sum_B = jnp.where(real_BT, (inputs.ids + 1) * (2 * position_BT + 1), 0).sum(-1)
 
     def row(number: Array, position_T: Array) -> Float[Array, " T"]:
         own = jax.random.fold_in(jax.random.fold_in(key, number), draw)
         return jax.vmap(lambda p: jax.random.uniform(jax.random.fold_in(own, p)))(position_T)
 
-    return jax.vmap(row)(sum_B, places.position)
+    return jax.vmap(row)(sum_B, position_BT)

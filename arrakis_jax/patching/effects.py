@@ -12,7 +12,8 @@ import numpy as np
 from arrakis_jax.axes import Array, Float
 from arrakis_jax.checks import checked_choice, checked_count
 from arrakis_jax.errors import expected
-from arrakis_jax.residuals import ABSENT, Record
+from arrakis_jax.patching.pairs import HEADS
+from arrakis_jax.residuals import ABSENT, UNSTACKED, Record
 from arrakis_jax.table import Table
 
 AXES = ("layer", "position", "head", "neuron")
@@ -77,7 +78,8 @@ class Cells(Sequence):
         for site, shape in self.shapes:
             if i < prod(shape):
                 where = np.unravel_index(i, shape) if shape else ()
-                return Cell(site, **dict(zip(self.over, map(int, where), strict=True)))
+                axes = axes_of(site, self.over)
+                return Cell(site, **dict(zip(axes, map(int, where), strict=True)))
             i -= prod(shape)
         raise AssertionError("cells do not cover their own length")
 
@@ -107,18 +109,21 @@ class PatchEffects(Record):
 
     Attributes:
         effects: one axis for each entry of `over`, in that order, then B; zero at padding. With
-            several sites a dict of such arrays, by site.
+            several sites a dict of such arrays, by site, each with the axes that its site has.
         base: `[B]`, the target of the run that is patched.
         source: `[B]`, the target of the run that patches come from; None for zero and mean
             ablation.
         over: the axes: "layer", "position" (columns of `tokens`), "head", "neuron".
         method: how the effects were found: "exact", or the name of the approximation.
         patch: what was put in place: "resample" (of the source), "mean" or "zero".
+        screening: shaped as `effects`, magnitudes without a sign that also show nodes whose effects
+            cancel (see `attribution_patching`); None unless asked for.
     """
 
     effects: Any
     base: Float[Array, " B"]
     source: Float[Array, " B"] = ABSENT
+    screening: Any = ABSENT
     over: tuple[str, ...] = field(metadata={"static": True})
     sites: tuple[str, ...] = field(metadata={"static": True})
     method: str = field(default="exact", metadata={"static": True})
@@ -138,7 +143,9 @@ class PatchEffects(Record):
     @property
     def by_site(self) -> dict[str, Array]:
         """The effects of each site."""
-        return self.effects if isinstance(self.effects, dict) else {self.sites[0]: self.effects}
+        if not isinstance(self.effects, dict):
+            return {self.sites[0]: self.effects}
+        return {site: self.effects[site] for site in self.sites}  # jit sorts a dict's keys
 
     @property
     def labels(self) -> Cells:
@@ -217,6 +224,17 @@ def bootstrap(
     tail = 50 * (1 - interval)
     low, high = jnp.percentile(means, jnp.array([tail, 100 - tail]), axis=-1)
     return MeanEffects(values.mean(-1), low, high)
+
+
+def axes_of(site: str, over: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the axes that cells of a site have."""
+    has = {
+        "layer": site not in UNSTACKED,
+        "position": True,
+        "head": site in HEADS,
+        "neuron": site == "mlp_act",
+    }
+    return tuple(axis for axis in over if has[axis])
 
 
 def checked_over(over: Any, sites: tuple[str, ...], heads: tuple[str, ...]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.axes import Array, Float
+from arrakis_jax.axes import Array, Float, over
 from arrakis_jax.config import ModelConfig
 from arrakis_jax.errors import expected
 from arrakis_jax.nn.block import Block
@@ -173,13 +173,12 @@ def head_changes(
     if norm is not None:
         out_BTD = contract("BTHK,HKD->BTD", z_BTHK, w_o)
         if block.attn.b_o is not None:
-            out_BTD = out_BTD + block.attn.b_o[...].astype(out_BTD.dtype)
-        # Rows of zeros at padding have no slope under the root.
-        real_BT = jnp.any(z_BTHK != 0, (2, 3))
-        out_BTD = jnp.where(real_BT[..., None], out_BTD, 1)
+            out_BTD = out_BTD + over(block.attn.b_o[...].astype(out_BTD.dtype), out_BTD)
 
         def written(x_BTD: Array) -> Array:
-            return norm(x_BTD, Sites(), "norm_attn_out_scale")
+            # Rows of zeros, as at padding, have no slope under the root.
+            site = Sites(mask=jnp.any(x_BTD != 0, -1))
+            return norm(x_BTD, site, "norm_attn_out_scale")
 
         def changed(change_BTD: Array) -> Array:
             if linear:

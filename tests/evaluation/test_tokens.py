@@ -36,10 +36,10 @@ def test_every_curve_by_taking_tokens_away_one_at_a_time(x64):
         close(found.reversed.deletion[: n + 1, b], back, 1e-11)
         full, empty = deletion[0], deletion[-1]
         np.testing.assert_allclose([found.full[b], found.empty[b]], [full, empty], rtol=1e-11)
+        close(found.found.deletion_auc[b], np.trapezoid(deletion, dx=1 / n), 1e-9)
+        close(found.found.insertion_auc[b], np.trapezoid(insertion, dx=1 / n), 1e-9)
         share = (np.array(deletion) - empty) / (full - empty)
-        close(found.found.deletion_auc[b], np.trapezoid(share, dx=1 / n), 1e-9)
-        share = (np.array(insertion) - empty) / (full - empty)
-        close(found.found.insertion_auc[b], np.trapezoid(share, dx=1 / n), 1e-9)
+        close(found.normalised(found.found.deletion)[: n + 1, b], share, 1e-9)
         ks = [int(np.ceil(q * n)) for q in (0.01, 0.05, 0.1, 0.2, 0.5)]
         close(found.found.comprehensiveness[b], np.mean([full - deletion[k] for k in ks]), 1e-9)
         close(found.found.sufficiency[b], np.mean([full - insertion[k] for k in ks]), 1e-9)

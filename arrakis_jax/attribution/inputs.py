@@ -1,0 +1,148 @@
+"""A batch as input attributions see it: its token embeddings, and the target as their function."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from arrakis_jax.attribution.gradients import target_value
+from arrakis_jax.attribution.result import Attribution
+from arrakis_jax.axes import Array, Float, over
+from arrakis_jax.checks import checked_ids, checked_tokens, host
+from arrakis_jax.config import ModelConfig
+from arrakis_jax.errors import expected
+from arrakis_jax.nn.transformer import Edits, Transformer
+from arrakis_jax.numerics import contract
+from arrakis_jax.places import Places
+from arrakis_jax.targets import Target
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The token embeddings of a batch, and its target as a function of them.
+
+    Attributes:
+        places: where the real tokens stand.
+        ids: `[B,T]`, the token ids, 0 at padding.
+        e_BTD: token embeddings, as the stream holds them; zero at padding.
+        added_BTD: what is added to them: learned positions, or zero.
+    """
+
+    model: Transformer
+    mask: Array | None
+    target: Target
+    places: Places
+    ids: Array
+    e_BTD: Array
+    added_BTD: Array
+
+    @classmethod
+    def of(cls, model: Transformer, tokens: Array, mask: Array | None, target: Target) -> "Inputs":
+        """The inputs of checked tokens."""
+        places = Places.of(tokens.shape, mask)
+        real = places.real[..., None]
+        ids = jnp.where(places.real, tokens, 0)
+        e_BTD = jnp.where(real, model.embed_tokens(ids), 0)
+        added_BTD = jnp.zeros_like(e_BTD)
+        if model.w_pos is not None:
+            added_BTD = jnp.where(real, model.embed_positions(places.position), 0)
+        return cls(model, mask, target, places, ids, e_BTD, added_BTD)
+
+    def value(self, e_BTD: Float[Array, "B T D"], edits: Edits = ()) -> Float[Array, " B"]:
+        """The target with these token embeddings; learned positions are added."""
+        x_BTD = e_BTD + self.added_BTD
+        return target_value(self.model, x_BTD, self.mask, self.target, edits=edits)[0]
+
+    def gradient(self, e_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Each row's gradient there: rows do not interact, so it is that of their sum."""
+        return jax.grad(lambda e: self.value(e).sum())(e_BTD)
+
+    def baseline(self, given: Array | None) -> Float[Array, "B T D"]:
+        """The embeddings of a checked baseline; zero at padding."""
+        real = self.places.real
+        if given is None:
+            b = self.model.mean_embedding()
+        elif jnp.issubdtype(given.dtype, jnp.integer):
+            b = self.model.embed_tokens(jnp.where(real, given, 0))
+        else:
+            b = given
+        return jnp.where(real[..., None], over(b, self.e_BTD), 0)
+
+    def result(self, tokens_BT: Array, target_B: Array, **rest: Any) -> Attribution:
+        """The attribution, with what says where it belongs."""
+        real = self.places.real
+        tokens_BT = jnp.where(real, tokens_BT, 0)
+        return Attribution(tokens=tokens_BT, target=target_B, input_ids=self.ids, mask=real, **rest)
+
+
+def evenly(n: int, most: int) -> int:
+    """The size of each of the fewest batches of at most `most` that hold n."""
+    return -(-n // -(-n // most))
+
+
+def weighted_sum(
+    function: Callable[[Array], Array],
+    nodes: Array | np.ndarray,
+    weights: Array,
+    count: int | Array,
+    size: int,
+) -> Array:
+    """The sum of `weight * function(node)` over the first `count` nodes, `size` at once.
+
+    Nodes after those have weight zero. With an int `count` it can be differentiated in reverse.
+    """
+    short = -len(nodes) % size
+    nodes = jnp.pad(jnp.asarray(nodes), (0, short), mode="edge")
+    weights = jnp.pad(weights, (0, short))
+
+    def add(i: Array, total: Array) -> Array:
+        node, weight = (jax.lax.dynamic_slice_in_dim(x, i * size, size) for x in (nodes, weights))
+        return total + contract("N,N...->...", weight, jax.vmap(function)(node))
+
+    shape = jax.eval_shape(function, nodes[0])
+    return jax.lax.fori_loop(0, -(-count // size), add, jnp.zeros(shape.shape, shape.dtype))
+
+
+def checked_baseline(
+    config: ModelConfig, given: Any, tokens: Array, mask: Array | None, *, check: bool = False
+) -> Any:
+    """A baseline as an array: token ids, an int or `[B,T]`, or embeddings; None for the mean.
+
+    Raises:
+        TypeError, ValueError: for one that is neither, of another shape, or not finite.
+    """
+    if given is None or (isinstance(given, str) and given == "mean"):
+        return None
+    if isinstance(given, str) and given == "zero":
+        return np.zeros(config.d_model, config.acc)
+    array = given if isinstance(given, jax.Array) else np.asarray(given)
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        if array.ndim == 0:
+            return checked_ids(config, array, (), name="baseline", check=check)
+        if array.shape != tokens.shape:
+            must = f"one token id, or ids of the tokens' shape {tokens.shape}"
+            do = "embeddings are floats"
+            raise ValueError(expected("baseline", must, f"shape {array.shape}", do))
+        return checked_tokens(config, array, mask, check=check, name="baseline")[0]
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        must = "'mean', 'zero', token ids or embeddings"
+        raise TypeError(expected("baseline", must, repr(given), "give one of them"))
+    full = (*tokens.shape, config.d_model)
+    if array.shape not in (full, full[1:], full[2:]):
+        do = "give token embeddings"
+        must = f"of shape {full[2:]}, {full[1:]} or {full}"
+        raise ValueError(expected("baseline", must, f"shape {array.shape}", do))
+    values = host(array, check)
+    if values is not None and anywhere(~np.isfinite(values).all(-1), tokens, mask):
+        raise ValueError(expected("baseline", "finite", "NaN or infinity", "give embeddings"))
+    return array.astype(config.acc)
+
+
+def anywhere(flags: Any, tokens: Array, mask: Array | None) -> bool:
+    """Whether flags, which broadcast to the tokens, are set at a real one, as far as is known."""
+    flags = np.broadcast_to(flags, tokens.shape)
+    real = np.ones(tokens.shape, bool) if mask is None else host(mask)
+    return bool(flags.all() if real is None else flags[real].any())

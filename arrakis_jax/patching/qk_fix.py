@@ -1,0 +1,107 @@
+"""The effects of patching a query or a key, with softmax taken as it is and not to first order.
+
+Where attention is saturated its slope is zero and says nothing of what another query or key would
+do. The change of the pattern is therefore computed, and only what follows it is linear.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from arrakis_jax.axes import Array, Float, Int
+from arrakis_jax.nn.attention import Attention
+from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.nn.where import Positions, Where
+from arrakis_jax.numerics import contract
+from arrakis_jax.places import Places
+from arrakis_jax.residuals import ResidualStream
+
+# What a run must capture for `qk_effects`.
+READ = ("q", "k", "v")
+
+
+def qk_effects(
+    model: Transformer,
+    base: ResidualStream,
+    g_LBTHK: Float[Array, "L B T H K"],
+    source: dict[str, Array],
+    mask: Array | None,
+) -> dict[str, Array]:
+    """Effects of each query `[L,B,T,H]` and each key `[L,B,T,G]` that becomes the source's.
+
+    `base` holds `READ`, `g` is the gradient at z, and `source` has the "q" or "k" put in place.
+    """
+    positions = Positions.of(model.config, Places.of(base.mask.shape, mask))
+
+    def of_layer(_: None, xs: tuple) -> tuple[None, dict[str, Array]]:
+        attn, layer, *rest = xs
+        return None, fixed(attn, positions.at(layer), layer, *rest)
+
+    found = []
+    for blocks, layers in model.parts():
+        rows = slice(layers.start, layers.stop)
+        read = {name: getattr(base, name) for name in READ}
+        own = jax.tree.map(lambda x, rows=rows: x[rows], (read, g_LBTHK, source))
+        xs = (blocks.attn, jnp.arange(layers.start, layers.stop), *own)
+        found.append(jax.lax.scan(of_layer, None, xs)[1])
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *found)
+
+
+def fixed(
+    attn: Attention,
+    where: Where,
+    layer: Int[Array, ""],
+    base: dict[str, Array],
+    g_BTHK: Float[Array, "B T H K"],
+    source: dict[str, Array],
+) -> dict[str, Any]:
+    """`qk_effects` of one layer: `[B,T,H]` of queries, `[B,T,G]` of keys."""
+    q_BTHK, k_BSGK, v_BSGK = (base[name] for name in READ)
+    n_kv, n_keys = attn.config.n_kv_heads, k_BSGK.shape[1]
+    g_BTGRK = rearrange(g_BTHK, "B T (G R) K -> B T G R K", G=n_kv)
+    g_BGRTS = contract("BTGRK,BSGK->BGRTS", g_BTGRK, v_BSGK)  # the gradient at the pattern
+
+    def scores(q_BTHK: Array, k_BSGK: Array) -> Array:
+        return attn.scores(q_BTHK, k_BSGK, where, layer)
+
+    scores_BGRTS, found = scores(q_BTHK, k_BSGK), {}
+    sinks = scores_BGRTS.shape[-1] - n_keys
+    g_BGRTS = jnp.pad(g_BGRTS, [(0, 0)] * 4 + [(0, sinks)])  # of a sink's share nothing is read
+    if "q" in source:
+        patched = scores(jnp.broadcast_to(source["q"], q_BTHK.shape), k_BSGK)
+        change = jax.nn.softmax(patched, -1) - jax.nn.softmax(scores_BGRTS, -1)
+        found["q"] = rearrange((g_BGRTS * change).sum(-1), "B G R T -> B T (G R)")
+    if "k" in source:
+        change = scores(q_BTHK, jnp.broadcast_to(source["k"], k_BSGK.shape)) - scores_BGRTS
+        effects = of_keys(scores_BGRTS, change, g_BGRTS).sum((2, 3))[..., :n_keys]
+        found["k"] = rearrange(effects, "B G S -> B S G")
+    return found
+
+
+def of_keys(
+    scores: Float[Array, "... S"], change: Float[Array, "... S"], g: Float[Array, "... S"]
+) -> Float[Array, "... S"]:
+    """`sum_j g_j (A'_j - A_j)` if the score of one key alone changes, for each key.
+
+    With A its share, A' = sigmoid(logit(A) + change), and the others keep their proportions: the
+    sum is `(A' - A) (g - the mean of g over the others)`. Of the key with the largest score, whose
+    share may round to one, logit and mean are taken from a softmax of the others.
+    """
+    top = jax.nn.one_hot(jnp.argmax(scores, -1), scores.shape[-1], dtype=bool)
+    others = jnp.where(top, jnp.finfo(scores.dtype).min, scores)
+    log_share = jax.nn.log_softmax(scores, -1)
+    share = jnp.where(top, 0, jnp.exp(log_share))  # at most a half
+    logit = jnp.where(
+        top,
+        scores - jax.nn.logsumexp(others, -1, keepdims=True),
+        log_share - jnp.log1p(-share),
+    )
+    mean = (jnp.exp(log_share) * g).sum(-1, keepdims=True)
+    mean_of_others = jnp.where(
+        top,
+        (jax.nn.softmax(others, -1) * g).sum(-1, keepdims=True),
+        (mean - share * g) / (1 - share),
+    )
+    return (jax.nn.sigmoid(logit + change) - jax.nn.sigmoid(logit)) * (g - mean_of_others)
