@@ -166,6 +166,12 @@ def _resume_traced(model, x, start, mask, edits):
     return model.resume(x, start, mask=mask, edits=edits)
 
 
+def as_pytree(function: Callable) -> jax.tree_util.Partial:
+    """A function that jit takes as an argument; the arrays in a Partial are its leaves."""
+    partial = jax.tree_util.Partial
+    return function if isinstance(function, partial) else partial(function)
+
+
 def checked_edits(
     model: Transformer, edits: Edits, shape: tuple[int, ...], mask: Array | None
 ) -> Edits:
@@ -177,7 +183,7 @@ def checked_edits(
         raise TypeError(expected("edits", "edits", repr(edits), do))
     edits = tuple(edits)
     check_edits(edits, model.config, shape[0], longest_row(shape, mask))
-    return tuple(e if isinstance(e, Edit) else jax.tree_util.Partial(e) for e in edits)
+    return tuple(e if isinstance(e, Edit) else as_pytree(e) for e in edits)
 
 
 def stream_of(source: Any, mask: Mask | None = None) -> ResidualStream | None:

@@ -16,6 +16,7 @@ import numpy as np
 from arrakis_jax.axes import Array, Bool, Float, Int
 from arrakis_jax.checks import Ids, checked_ids, checked_position, host
 from arrakis_jax.errors import expected
+from arrakis_jax.forward import as_pytree
 from arrakis_jax.nn.linear import softcap
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.numerics import contract
@@ -285,7 +286,7 @@ class Custom(Target):
         if getattr(result, "shape", None) != (n_rows,):
             must, do = f"a function from {shape} to ({n_rows},)", "return a number for each row"
             raise ValueError(expected("function", must, f"a result {result}", do))
-        return replace(own, function=jax.tree_util.Partial(self.function))
+        return replace(own, function=as_pytree(self.function))
 
     def positions(self, length):  # noqa: D102
         return jnp.arange(length)[None] if self.position is None else super().positions(length)

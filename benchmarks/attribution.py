@@ -77,6 +77,7 @@ def main(
         for name, job in jobs.items():
             seconds, memory = measured(job, model, pair)
             forward = forward or seconds
+            print(f"{name}: {seconds:.3g} s", flush=True)
             rows.append(
                 {"job": name, "batch": f"{shape[0]} x {shape[1]}", "seconds": seconds,
                  "forwards": seconds / forward, "temporary memory, GB": memory}

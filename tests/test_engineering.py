@@ -11,15 +11,26 @@ from flax import nnx
 from jax import export
 
 from arrakis_jax import (
+    KL,
+    Continuation,
+    Custom,
+    Entropy,
+    Graph,
+    Logit,
+    LogProb,
+    Prob,
     Transformer,
+    agreement,
     attribute_movement,
     attribute_to,
+    attribution_patching,
     bigram_logits,
     composition_scores,
     config_for,
     copying_traces,
     cpu_compiler_options,
     decompose,
+    edge_attribution,
     feature_attribution,
     flow_routes,
     head_scores,
@@ -29,14 +40,18 @@ from arrakis_jax import (
     logit_lens,
     movement_matrix,
     ov_matrices,
+    patch_sweep,
+    path_patching,
     qk_matrices,
     residual_decomposition,
     residual_gradients,
     residual_movement,
     resume,
     run,
+    run_circuit,
     skip_trigrams,
     stream_geometry,
+    token_faithfulness,
     top_attribution,
     virtual_head,
 )
@@ -51,6 +66,25 @@ def movement_of(m, t, k):
     return residual_movement(m, t, 0, -1, mask=k)
 
 
+def other(t):
+    """The source of a pair: the same prompts with other tokens."""
+    return (t + 1) % 31
+
+
+EDGES = (
+    ((0, "head", 1), (1, "k", 2)),
+    ((None, "embed"), (2, "mlp")),
+    ((1, "mlp"), (None, "final")),
+)
+# One for each kind; new ids and positions are no other kind.
+TARGETS = {
+    "log_prob": lambda t: LogProb(3),
+    "prob": lambda t: Prob(t[:, -1]),
+    "entropy": lambda t: Entropy(),
+    "kl": lambda t: KL(jnp.sin(jnp.arange(31.0))),
+    "continuation": lambda t: Continuation(2),
+    "custom": lambda t: Custom(lambda logits: logits[:, :3].max(-1)),
+}
 TOOLS = {
     "run": lambda m, t, k: run(m, t, mask=k, capture="all"),
     "resume": lambda m, t, k: resume(m, m.embed(t, mask=k), 1, mask=k),
@@ -103,7 +137,45 @@ TOOLS = {
     "integrated_gradients_doubling": lambda m, t, k: feature_attribution(
         m, t, 3, mask=k, method="integrated_gradients"
     ),
+    "smooth_grad": lambda m, t, k: feature_attribution(
+        m, t, 3, mask=k, method="smooth_grad", samples=3
+    ),
+    "occlusion": lambda m, t, k: feature_attribution(
+        m, t, 3, mask=k, method="occlusion", step_batch=4
+    ),
+    "value_zeroing": lambda m, t, k: feature_attribution(m, t, 3, mask=k, method="value_zeroing"),
+    **{
+        f"target_{name}": lambda m, t, k, target=target: feature_attribution(
+            m, t, target(t), mask=k
+        )
+        for name, target in TARGETS.items()
+    },
+    "attribution_patching": lambda m, t, k: attribution_patching(
+        m, t, other(t), Logit(3, 4), sites=("resid_pre", "z", "q", "mlp_act"), mask=k
+    ),
+    "attribution_patching_star": lambda m, t, k: attribution_patching(
+        m, t, other(t), 3, sites=("q", "k", "v"), method="atp_star", grad_drop=True, mask=k
+    ),
+    "edge_attribution": lambda m, t, k: edge_attribution(m, t, other(t), 3, mask=k),
+    "edge_attribution_steps": lambda m, t, k: edge_attribution(
+        m, t, other(t), 3, steps=3, step_batch=2, mask=k
+    ),
+    "patch_sweep": lambda m, t, k: patch_sweep(m, t, other(t), 3, mask=k, cell_batch=4),
+    "patch_sweep_of_heads": lambda m, t, k: patch_sweep(
+        m, t, other(t), 3, sites="z", over=("layer", "head"), mask=k
+    ),
+    "path_patching": lambda m, t, k: path_patching(m, t, other(t), 3, edges=EDGES, mask=k),
+    "run_circuit": lambda m, t, k: run_circuit(
+        m, t, other(t), 3, circuits=np.stack([Graph.of(m.config).edges] * 2), mask=k
+    ),
+    "token_faithfulness": lambda m, t, k: token_faithfulness(m, t, jnp.sin(t), 3, draws=2, mask=k),
+    "agreement": lambda m, t, k: agreement(m.w_e[...], 2 * m.w_e[...]),
 }
+# Without reverse-mode differentiation, as documented: loops whose length is traced, ranks.
+FORWARD_ONLY = (
+    "integrated_gradients_doubling", "patch_sweep", "patch_sweep_of_heads", "path_patching",
+    "agreement",
+)  # fmt: skip
 
 
 def dots(jaxpr, times=1):
@@ -285,7 +357,7 @@ def test_bfloat16_under_jit_grad_and_scan(tool):
     assert np.isfinite(outer)
     close(jax.jit(total)(m), outer, 0.1)
     close(jax.lax.scan(lambda c, _: (c, total(m)), 0, None, length=1)[1][0], outer, 0.1)
-    if tool != "integrated_gradients_doubling":  # forward-mode only, as documented
+    if tool not in FORWARD_ONLY:
         assert jax.tree.leaves(jax.grad(total)(m))[0].dtype == jnp.bfloat16
 
 
@@ -361,5 +433,16 @@ def test_sharded_model_gives_the_same_numbers():
         "flow_routes",
         "composition_scores",
         "head_scores",
+        "saliency",
+        "integrated_gradients",
+        "occlusion",
+        "target_kl",
+        "attribution_patching",
+        "attribution_patching_star",
+        "edge_attribution",
+        "patch_sweep_of_heads",
+        "path_patching",
+        "run_circuit",
+        "token_faithfulness",
     ):
         all_near(TOOLS[tool](sharded, tokens, mask), TOOLS[tool](m, TOKENS, MASK), 1e-5)

@@ -40,7 +40,7 @@ class Sites:
     def __call__(self, name: str, value: Array, *, axis: int = 1, at_padding: float = 0) -> Array:
         """Passes `value` through the site `name`; its position axis is `axis`."""
         if name in self.taps:
-            tap = self.taps[name]
+            tap: Any = self.taps[name]
             value = tap(value) if callable(tap) else value + tap.astype(value.dtype)
         for edit in self.edits:
             value = edit(name, self.layer, value)

@@ -82,8 +82,8 @@ def path_patching(
     clean: Tokens,
     corrupt: Tokens,
     target: Any,
-    edges: Iterable[tuple[Any, Any]],
     *,
+    edges: Iterable[tuple[Any, Any]],
     base: str = "clean",
     mask: Mask | None = None,
     check: bool = False,
@@ -124,7 +124,7 @@ def path_patching(
         >>> corrupt, _ = encode(tokenizer, "Alice and Tom met, Alice gave a book to")
         >>> alice, tom = (token_id(tokenizer, name) for name in (" Alice", " Tom"))
         >>> edges = [((0, "head", 2), (3, "k", 1)), ((3, "mlp"), (None, "final"))]
-        >>> found = path_patching(model, clean, corrupt, Logit(alice, tom), edges)
+        >>> found = path_patching(model, clean, corrupt, Logit(alice, tom), edges=edges)
         >>> found.effects.shape, str(found.labels[0])
         ((2, 1), 'L0 head 2 -> L3 k 1')
 

@@ -68,18 +68,18 @@ CASES = {
 def test_every_edge_is_a_run_with_one_edit(variant, x64):
     m, edges = model(variant, dtype="float64"), CASES[variant]
     clean, corrupt, mask, prompts = pairs()
-    found = path_patching(m, clean, corrupt, TARGET, edges, mask=mask)
+    found = path_patching(m, clean, corrupt, TARGET, edges=edges, mask=mask)
     want = one_by_one(m, clean, corrupt, mask, edges)
     assert (np.abs(want) > 1e-4).all()
     close(found.effects, want, 1e-10)
     for own, value in ((clean, found.base), (corrupt, found.source)):
         close(value, target_of(run(m, own, mask=mask, capture=CAPTURE).logits, mask), 1e-12)
     if variant == "parallel":
-        back = path_patching(m, clean, corrupt, TARGET, edges, mask=mask, base="corrupt")
+        back = path_patching(m, clean, corrupt, TARGET, edges=edges, mask=mask, base="corrupt")
         close(back.effects, one_by_one(m, corrupt, clean, mask, edges), 1e-10)
     if variant == "both":
         one, other = prompts[1]
-        alone = path_patching(m, one[None], other[None], TARGET, edges)
+        alone = path_patching(m, one[None], other[None], TARGET, edges=edges)
         close(found.effects[:, 1], alone.effects[:, 0], 1e-10)
 
 
@@ -95,7 +95,7 @@ def test_the_edges_of_a_writer_add_up_in_a_linear_network(x64):
         for r, reader in enumerate(graph.readers)
         if graph.edges[r, graph.index(writer, "writers")]
     ]
-    found = path_patching(m, clean, corrupt, TARGET, edges, mask=mask)
+    found = path_patching(m, clean, corrupt, TARGET, edges=edges, mask=mask)
     nodes = patch_sweep(
         m, clean, corrupt, TARGET, sites=("z", "mlp_out"), over="layer", mask=mask
     ).effects
@@ -134,11 +134,11 @@ def test_induction_is_known(x64, tokens):  # noqa: F811
         (EMBED, (1, "v", 0)): -1,
     }
     target = Logit(tokens[:, position + 1], position=position)
-    found = path_patching(m, tokens, corrupt, target, list(edges))
+    found = path_patching(m, tokens, corrupt, target, edges=list(edges))
     wanted = np.repeat(np.array(list(edges.values()))[:, None], 3, 1)
     np.testing.assert_allclose(found.effects, wanted, atol=1e-9)
     after = Logit(tokens[:, position + 2], position=position)
-    found = path_patching(m, tokens, corrupt, after, list(edges))
+    found = path_patching(m, tokens, corrupt, after, edges=list(edges))
     np.testing.assert_allclose(found.effects[0], 1, atol=1e-9)
 
 
@@ -146,16 +146,16 @@ def test_one_program_for_lists_of_one_length():
     m = model("gpt2")
     clean, corrupt, mask, _ = pairs()
     first = path_patching(
-        m, clean, corrupt, 3, [(EMBED, FINAL), ((0, "mlp"), (2, "q", 1))], mask=mask
+        m, clean, corrupt, 3, edges=[(EMBED, FINAL), ((0, "mlp"), (2, "q", 1))], mask=mask
     )
     others = [((1, "head", 3), (2, "mlp")), ((0, "mlp"), (2, "q", 1))]
     with compilations() as names:
-        second = path_patching(m, clean, corrupt, 3, others, mask=mask)
+        second = path_patching(m, clean, corrupt, 3, edges=others, mask=mask)
     assert not any("path" in name for name in names), names
     assert (first.effects[1] == second.effects[1]).all()
 
     def effects(clean, corrupt, mask):
-        return path_patching(m, clean, corrupt, 3, others, mask=mask)
+        return path_patching(m, clean, corrupt, 3, edges=others, mask=mask)
 
     found = jax.jit(effects)(clean, corrupt, mask)
     close(found.effects, second.effects, 1e-5)
@@ -189,12 +189,12 @@ def test_one_program_for_lists_of_one_length():
 )
 def test_bad_edges_are_refused(edges, error, match):
     with pytest.raises(error, match=match):
-        path_patching(model("llama"), [[1, 2]], [[1, 3]], 3, edges)
+        path_patching(model("llama"), [[1, 2]], [[1, 3]], 3, edges=edges)
 
 
 def test_models_without_the_edges_are_refused():
     with pytest.raises(ValueError, match="stream is a sum of writes"):
-        path_patching(model("stream_after"), [[1, 2]], [[1, 3]], 3, [(EMBED, FINAL)])
+        path_patching(model("stream_after"), [[1, 2]], [[1, 3]], 3, edges=[(EMBED, FINAL)])
     with pytest.raises(ValueError, match="edges of the model"):  # a parallel MLP reads no such head
         edges = [((0, "head", 0), (0, "mlp"))]
-        path_patching(model("parallel"), [[1, 2]], [[1, 3]], 3, edges)
+        path_patching(model("parallel"), [[1, 2]], [[1, 3]], 3, edges=edges)
