@@ -63,9 +63,9 @@ from arrakis_jax.patching.circuits import (
     circuit_faithfulness,
     run_circuit,
 )
-from arrakis_jax.patching.edges import Edge, EdgeEffects, edge_attribution
+from arrakis_jax.patching.edges import EdgeEffects, edge_attribution
 from arrakis_jax.patching.effects import Cell, PatchEffects
-from arrakis_jax.patching.graph import Graph, Node
+from arrakis_jax.patching.graph import Edge, Graph, Node
 from arrakis_jax.patching.nodes import attribution_patching
 from arrakis_jax.patching.paths import PathEffects, path_patching
 from arrakis_jax.patching.select import greedy_edges, pruned, top_edges

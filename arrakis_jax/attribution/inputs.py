@@ -72,8 +72,9 @@ class Inputs:
         return jnp.where(real[..., None], over(b, self.e_BTD), 0)
 
     def result(self, tokens_BT: Array, target_B: Array, **rest: Any) -> Attribution:
-        """The attribution, with what says where it belongs."""
+        """The attribution, with what says where it belongs; NaN where the target is."""
         real = self.places.real
+        tokens_BT = jnp.where(jnp.isnan(target_B)[:, None], jnp.nan, tokens_BT)
         tokens_BT = jnp.where(real, tokens_BT, 0)
         return Attribution(tokens=tokens_BT, target=target_B, input_ids=self.ids, mask=real, **rest)
 

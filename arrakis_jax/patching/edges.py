@@ -19,22 +19,12 @@ from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.nn.where import Positions
 from arrakis_jax.numerics import contract
 from arrakis_jax.patching.effects import MeanEffects, TopEffects, bootstrap, rows_of, top_of
-from arrakis_jax.patching.graph import WRITTEN, Graph, Node, writer_changes
+from arrakis_jax.patching.graph import WRITTEN, Edge, Graph, writer_changes
 from arrakis_jax.patching.pairs import Pair, checked_pair
 from arrakis_jax.places import Places
 from arrakis_jax.residuals import READERS, Record, ResidualStream
 from arrakis_jax.table import Table
 from arrakis_jax.targets import Target, checked_target, read_target
-
-
-class Edge(NamedTuple):
-    """What a writer adds to the input of a reader."""
-
-    writer: Node
-    reader: Node
-
-    def __str__(self) -> str:
-        return f"{self.writer} -> {self.reader}"
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,16 @@ class Node(NamedTuple):
         return f"{layer}{self.kind}" + ("" if self.head is None else f" {self.head}")
 
 
+class Edge(NamedTuple):
+    """What a writer adds to the input of a reader."""
+
+    writer: Node
+    reader: Node
+
+    def __str__(self) -> str:
+        return f"{self.writer} -> {self.reader}"
+
+
 @dataclass(frozen=True)
 class Graph:
     """Writers and readers of a model, in the order in which they come, and the edges there are.

@@ -13,9 +13,8 @@ from arrakis_jax.checks import Mask, Tokens
 from arrakis_jax.errors import expected
 from arrakis_jax.forward import compiled
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.patching.edges import Edge
 from arrakis_jax.patching.effects import MeanEffects, TopEffects, bootstrap, rows_of, top_of
-from arrakis_jax.patching.graph import WRITTEN, Graph, Node, head_changes
+from arrakis_jax.patching.graph import WRITTEN, Edge, Graph, Node, head_changes
 from arrakis_jax.patching.pairs import Pair, checked_pair
 from arrakis_jax.residuals import READERS, Record, ResidualStream
 from arrakis_jax.table import Table
