@@ -11,9 +11,11 @@ import pytest
 
 from arrakis_jax import (
     decompose,
+    edge_attribution,
     feature_attribution,
     logit_attribution,
     movement_matrix,
+    patch_sweep,
     residual_decomposition,
     residual_gradients,
     residual_movement,
@@ -53,8 +55,19 @@ TOOLS = {
                 method=method,
             ), 0, 1, 1e-4,
         )
-        for method in ("saliency", "grad_x_input", "integrated_gradients")
+        for method in (
+            "saliency", "grad_x_input", "integrated_gradients", "smooth_grad", "occlusion",
+            "value_zeroing",
+        )
     },
+    # Of pairs, whose source has other tokens. `[L,T,B]`: without B, T is the second axis.
+    "patch_sweep": (
+        lambda m, t, k: patch_sweep(m, t, (t + 1) % 31, 3, mask=k).effects, 2, 2, 1e-4
+    ),
+    "edge_attribution": (
+        lambda m, t, k: edge_attribution(m, t, (t + 1) % 31, 3, steps=2, mask=k).effects,
+        2, None, 1e-4,
+    ),
     "layers": (lambda m, t, k: feature_attribution(m, t, 3, mask=k).layers, 1, 2, 1e-4),
 }  # fmt: skip
 
@@ -67,7 +80,7 @@ def test_in_float32(name, variant):
     m = model(variant)
     alone = None
     for side in ("left", "right", "holes"):
-        tokens, mask, prompts = batch(side=side)
+        tokens, mask, prompts = batch(side=side, lengths=(7, 4, 1))
         tokens = np.where(mask, tokens, 0)
         whole = np.asarray(tool(m, tokens, mask))
         if alone is None:

@@ -41,7 +41,8 @@ class Sites:
         """Passes `value` through the site `name`; its position axis is `axis`."""
         if name in self.taps:
             tap: Any = self.taps[name]
-            value = tap(value) if callable(tap) else value + tap.astype(value.dtype)
+            is_array = hasattr(tap, "astype")
+            value = value + tap.astype(value.dtype) if is_array else tap(value)
         for edit in self.edits:
             value = edit(name, self.layer, value)
         value = self.at_real(value, axis, at_padding)

@@ -237,26 +237,19 @@ def axes_of(site: str, over: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(axis for axis in over if has[axis])
 
 
-def checked_over(over: Any, sites: tuple[str, ...], heads: tuple[str, ...]) -> tuple[str, ...]:
-    """The axes of a sweep, checked against its sites; `heads` are the sites that have heads.
+def checked_over(over: Any, sites: tuple[str, ...]) -> tuple[str, ...]:
+    """The axes of a sweep: of a single site all are its own, of several each is one site's.
 
     Raises:
         TypeError, ValueError: for axes that are unknown, twice there, or not the sites'.
     """
     over = (over,) if isinstance(over, str) else tuple(over)
+    sites_named = f"site {sites[0]!r}" if len(sites) == 1 else f"one of {sites}"
     for axis in over:
         checked_choice("over", axis, AXES)
         if over.count(axis) > 1:
             raise ValueError(expected("over", "made of different axes", over, "name each once"))
-    for site in sites:
-        wrong = [
-            axis
-            for axis, fits in (("head", site in heads), ("neuron", site == "mlp_act"))
-            if axis in over and not fits
-        ]
-        if site in ("embed", "final") and "layer" in over:
-            wrong.append("layer")
-        if wrong:
+        if not any(axes_of(site, (axis,)) for site in sites):
             do = "leave that axis out, or choose another site"
-            raise ValueError(expected("over", f"axes of site {site!r}", f"{wrong[0]!r}", do))
+            raise ValueError(expected("over", f"axes of {sites_named}", repr(axis), do))
     return over

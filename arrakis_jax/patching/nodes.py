@@ -16,7 +16,6 @@ from arrakis_jax.patching.effects import PatchEffects, axes_of, checked_over
 from arrakis_jax.patching.gates import Gate, arranged, closed, openings_of, with_openings
 from arrakis_jax.patching.grad_drop import dropped_effects
 from arrakis_jax.patching.pairs import (
-    HEADS,
     Pair,
     checked_pair,
     checked_sites,
@@ -114,7 +113,10 @@ def attribution_patching(
     checked_choice("method", method, METHODS)
     pair = checked_pair(model, clean, corrupt, mask, base=base, patch=patch, check=check)
     sites = checked_sites(model.config, _default(model, method) if sites is None else sites)
-    over = _checked_axes(over, sites)
+    if over is None:
+        axes = ("layer", "position", "head")
+        over = tuple(axis for axis in axes if any(axes_of(site, (axis,)) for site in sites))
+    over = checked_over(over, sites)
     _check_options(model, sites, over, method=method, patch=patch, steps=steps, drop=grad_drop)
     target = checked_target(model, pair.base, target, pair.mask)
     return _attribution_patching(
@@ -127,18 +129,6 @@ def _default(model: Transformer, method: str) -> tuple[str, ...]:
     """The sites of a method that the model has."""
     sites = ("resid_pre", "attn_out", "mlp_out", *(READ if method == "atp_star" else ()), "z")
     return tuple(site for site in sites if site not in lacking(model.config))
-
-
-def _checked_axes(over: Any, sites: tuple[str, ...]) -> tuple[str, ...]:
-    """The axes, each of which a site must have; a single site all of them."""
-    single = sites if len(sites) == 1 else ()
-    axes = ("layer", "position", "head") if over is None else checked_over(over, single, HEADS)
-    had = {axis for site in sites for axis in axes_of(site, axes)}
-    for axis in axes:
-        if over is not None and axis not in had:
-            do = "leave that axis out, or add a site"
-            raise ValueError(expected("over", f"axes of one of {sites}", repr(axis), do))
-    return tuple(axis for axis in axes if axis in had)
 
 
 def _check_options(

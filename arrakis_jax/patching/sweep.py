@@ -12,9 +12,8 @@ from arrakis_jax.checks import Mask, Tokens, checked_count
 from arrakis_jax.edits import KV_SITES
 from arrakis_jax.forward import compiled
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.patching.effects import PatchEffects, checked_over
+from arrakis_jax.patching.effects import PatchEffects, axes_of, checked_over
 from arrakis_jax.patching.pairs import (
-    HEADS,
     Pair,
     checked_pair,
     checked_sites,
@@ -62,7 +61,8 @@ def patch_sweep(
         sites: one or several of embed, resid_pre, attn_out, resid_mid, mlp_out, resid_post, final,
             q, k, v, pattern, z, mlp_act, each swept by itself.
         over: some of "layer", "position" (columns of the tokens; queries of a pattern), "head"
-            (key/value head at "k" and "v") and "neuron".
+            (key/value head at "k" and "v") and "neuron". Of several sites, each has those that it
+            can have.
         base: the run that is patched, "clean" (noising) or "corrupt" (denoising). The other one
             is the source.
         patch: what is put in place: "resample" (the source's activation), "mean" (of the source
@@ -95,7 +95,7 @@ def patch_sweep(
     """
     pair = checked_pair(model, clean, corrupt, mask, base=base, patch=patch, check=check)
     sites = checked_sites(model.config, sites)
-    over = checked_over(over, sites, HEADS)
+    over = checked_over(over, sites)
     checked_count("cell_batch", cell_batch, 10**6)
     target = checked_target(model, pair.base, target, pair.mask)
     return _patch_sweep(
@@ -127,11 +127,12 @@ def _patch_sweep(
         values = values_at(source, sites, patch)
         if patch == "resample":
             source_B = read_target(model, source.final, mask, target)
-    how: dict[str, Any] = {"over": over, "cell_batch": cell_batch}
     effects = {}
     for site, value in values.items():
+        how: dict[str, Any] = {"over": axes_of(site, over), "cell_batch": cell_batch}
         patched = swept(model, base, value, mask, target, site=site, **how)
-        effects[site] = at_real(patched - base_B[(None,) * len(over)], base.mask, over)
+        change = patched - base_B.reshape(*(1,) * (patched.ndim - 1), -1)
+        effects[site] = at_real(change, base.mask, how["over"])
     first, *more = sites
     return PatchEffects(
         effects=effects if more else effects[first],

@@ -10,7 +10,7 @@ import pytest
 from arrakis_jax import run
 from arrakis_jax.patching.effects import PatchEffects, axes_of, bootstrap, checked_over
 from arrakis_jax.patching.graph import WRITTEN, Graph, Node, head_changes, writer_changes
-from arrakis_jax.patching.pairs import HEADS, checked_pair, checked_sites, values_at
+from arrakis_jax.patching.pairs import checked_pair, checked_sites, values_at
 from tests.models import close, config, model
 from tests.patching.test_paths import written
 from tests.patching.test_sweep import pairs
@@ -98,10 +98,12 @@ def test_bootstrap_intervals_cover(x64):
 
 
 def test_axes_and_sites_are_checked():
-    assert checked_over("layer", ("z",), HEADS) == ("layer",)
-    assert checked_over(["head", "layer"], ("z", "v"), HEADS) == ("head", "layer")
+    assert checked_over("layer", ("z",)) == ("layer",)
+    assert checked_over(["head", "layer"], ("z", "mlp_out")) == ("head", "layer")
     with pytest.raises(ValueError, match="axes of site 'final', got 'layer'"):
-        checked_over(("layer",), ("final",), HEADS)
+        checked_over(("layer",), ("final",))
+    with pytest.raises(ValueError, match="axes of one of .*, got 'neuron'"):
+        checked_over(("neuron",), ("z", "mlp_out"))
     assert checked_sites(config("llama"), ["z", "q"]) == ("z", "q")
     with pytest.raises(ValueError, match="at least one"):
         checked_sites(config("llama"), ())

@@ -336,7 +336,7 @@ def test_temporary_memory_is_that_of_a_chunk():
     [
         (dict(sites="zz"), ValueError, "`sites` must be made of"),
         (dict(sites=("z", "z")), ValueError, "different names"),
-        (dict(sites=("z", "resid_pre"), over=("layer", "head")), ValueError, "'resid_pre', got"),
+        (dict(sites=("mlp_out", "resid_pre"), over="head"), ValueError, "axes of one of"),
         (dict(over=("layer", "layer")), ValueError, "different axes"),
         (dict(over="token"), ValueError, "`over` must be one of"),
         (dict(sites="embed"), ValueError, "'embed', got 'layer'"),
@@ -366,3 +366,13 @@ def test_sites_that_a_model_lacks_are_refused():
             patch_sweep(model(variant), [[1, 2]], [[1, 3]], 3, sites=site)
     with pytest.raises(ValueError, match="patch q, k or z"):
         patch_sweep(model("llama"), [[1, 2]], [[1, 3]], 3, sites="pattern", patch="mean")
+
+
+def test_of_several_sites_each_has_its_own_axes():
+    m = model("gpt2", n_layers=2)
+    clean, corrupt = [[1, 2, 3]], [[1, 4, 3]]
+    found = patch_sweep(m, clean, corrupt, 3, sites=("z", "resid_pre"), over=("layer", "head"))
+    for site, over in (("z", ("layer", "head")), ("resid_pre", "layer")):
+        one = patch_sweep(m, clean, corrupt, 3, sites=site, over=over)
+        np.testing.assert_allclose(found.effects[site], one.effects, atol=1e-6)
+    assert str(found.labels[0]) == "L0 z head 0" and str(found.labels[-1]) == "L1 resid_pre"
