@@ -31,7 +31,9 @@ tests_run = count(1)
 def few_programs_in_memory():
     """A compiled program takes dozens of memory maps, of which Linux allows a process 65530."""
     yield
-    if next(tests_run) % 40 == 0:
+    maps = Path("/proc/self/maps")
+    many = maps.read_bytes().count(b"\n") > 20_000 if maps.exists() else next(tests_run) % 20 == 0
+    if many:
         jax.clear_caches()
 
 
