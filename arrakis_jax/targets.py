@@ -334,6 +334,9 @@ def checked_target(
             None if against is None else checked_ids(model.config, against, shape, name="against"),
         )
         return Target.checked(replace(own, position=position), model, tokens, mask)
+    if type(target) is Target or isinstance(target, type):
+        do = "choose what is read, such as Logit(3)"
+        raise TypeError(expected(name, "a target, token ids or a function", repr(target), do))
     if against is not None or not (isinstance(position, int) and position == -1):
         wrong, value = ("against", against) if against is not None else ("position", position)
         do = "it belongs into the target, such as Logit(3, against=4, position=-2)"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from arrakis_jax.axes import Array, Bool, Float
 from arrakis_jax.errors import expected
 from arrakis_jax.numerics import contract
-from arrakis_jax.patching.effects import PatchEffects
+from arrakis_jax.patching.effects import Effects
 from arrakis_jax.residuals import Record
 
 
@@ -44,7 +44,7 @@ def agreement(
     """Compares estimated with exact effects, for each example.
 
     Args:
-        found: effects `[...,B]`, or a PatchEffects (of the same sites and axes as `exact`). To
+        found: effects `[...,B]`, or a result of patching (of the same cells as `exact`). To
             compare means over examples, pass `found.mean().mean[..., None]`.
         exact: likewise.
         least: only terms whose exact effect is larger than this in absolute value are compared:
@@ -66,9 +66,7 @@ def agreement(
         Kramar et al. 2024 (AtP*), who count false negatives; Spearman's correlation with average
         ranks.
     """
-    found, exact = (
-        x.terms if isinstance(x, PatchEffects) else jnp.asarray(x) for x in (found, exact)
-    )
+    found, exact = (x.terms if isinstance(x, Effects) else jnp.asarray(x) for x in (found, exact))
     if found.shape != exact.shape or exact.ndim < 2:
         do = "compare the same cells, with the examples last"
         must = f"of exact's shape {exact.shape}, `[...,B]`"

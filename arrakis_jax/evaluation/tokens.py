@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from arrakis_jax.attribution.inputs import Inputs, checked_baseline
 from arrakis_jax.axes import Array, Bool, Float, Int
@@ -134,6 +135,9 @@ def token_faithfulness(
             expected("scores", f"of the tokens' shape {tokens.shape}", f"shape {scores.shape}", do)
         )
     real = None if mask is None else host(mask)
+    values = host(scores, check)
+    if values is not None and np.isnan(values if real is None else values[real]).any():
+        raise ValueError(expected("scores", "numbers that have an order", "NaN", "see its target"))
     shortest = tokens.shape[1] if real is None else int(real.sum(-1).min())
     if shortest < 2 and not first:
         do = "drop such rows, or pass first=True"

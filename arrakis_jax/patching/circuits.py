@@ -306,7 +306,7 @@ def circuit_faithfulness(
     graph = Graph.of(model.config)
     checked_choice("select", select, tuple(SELECT))
     checked_choice("base", base, ("clean", "corrupt"))
-    fractions = tuple(float(fraction) for fraction in fractions)
+    fractions = tuple(np.atleast_1d(np.asarray(fractions, float)).tolist())
     ends = (0.0, *fractions, 1.0)
     if not fractions or not (np.diff(ends)[:-1] > 0).all() or fractions[-1] > 1:
         do = "such as (0.01, 0.1, 1)"

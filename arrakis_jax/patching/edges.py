@@ -18,11 +18,11 @@ from arrakis_jax.nn.site import Sites
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.nn.where import Positions
 from arrakis_jax.numerics import contract
-from arrakis_jax.patching.effects import MeanEffects, TopEffects, bootstrap, rows_of, top_of
+from arrakis_jax.patching.effects import Effects, TopEffects, edge_table, top_of
 from arrakis_jax.patching.graph import WRITTEN, Edge, Graph, writer_changes
 from arrakis_jax.patching.pairs import Pair, checked_pair
 from arrakis_jax.places import Places
-from arrakis_jax.residuals import READERS, Record, ResidualStream
+from arrakis_jax.residuals import READERS, ResidualStream
 from arrakis_jax.table import Table
 from arrakis_jax.targets import Target, checked_target, read_target
 
@@ -61,7 +61,7 @@ class Edges(Sequence):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, repr=False)
-class EdgeEffects(Record):
+class EdgeEffects(Effects):
     """What a patch of each edge alone does to a target, to first order, of each example.
 
     Attributes:
@@ -91,11 +91,6 @@ class EdgeEffects(Record):
         """The edge of each entry of `effects.reshape(-1, B)`."""
         return Edges(self.graph)
 
-    @property
-    def terms(self) -> Float[Array, "N B"]:
-        """All effects as `[R * W, B]`."""
-        return self.effects.reshape(-1, self.effects.shape[-1])
-
     def by_writer(self) -> Float[Array, "W B"]:
         """The effect of each writer on all of its readers, to first order."""
         return self.effects.sum(0)
@@ -105,30 +100,12 @@ class EdgeEffects(Record):
         checked_count("k", k, int(self.graph.edges.sum()))
         return top_of(self.terms, k)
 
-    def mean(self, *, interval: float = 0.95, draws: int = 1000, seed: int = 0) -> MeanEffects:
-        """The mean over examples `[R,W]`, and a percentile bootstrap interval of it.
-
-        Args:
-            interval: the share of bootstrap means inside.
-            draws: how many times the examples are drawn again, with replacement.
-            seed: of these draws.
-        """
-        return bootstrap(self.effects, interval=interval, draws=draws, seed=seed)
-
     def to_table(self, k: int | None = None) -> Table:
         """A row for each edge and example, or for the k largest of each example.
 
         Columns: edge, writer, reader, row, effect.
         """
-        table = Table({name: [] for name in ("edge", "writer", "reader", "row", "effect")})
-        there, labels = self.graph.edges.reshape(-1), self.labels
-        for which, row, value in rows_of(self.terms, k):
-            if there[which]:
-                edge = labels[which]
-                entries = (str(edge), str(edge.writer), str(edge.reader), row, value)
-                for name, entry in zip(table, entries, strict=True):
-                    table[name].append(entry)
-        return table
+        return edge_table(self, k, self.graph.edges.reshape(-1))
 
 
 def edge_attribution(

@@ -12,7 +12,7 @@ import numpy as np
 from arrakis_jax.axes import Array, Float
 from arrakis_jax.checks import checked_choice, checked_count
 from arrakis_jax.errors import expected
-from arrakis_jax.patching.pairs import HEADS
+from arrakis_jax.patching.pairs import HEADS, as_names
 from arrakis_jax.residuals import ABSENT, UNSTACKED, Record
 from arrakis_jax.table import Table
 
@@ -102,9 +102,40 @@ class MeanEffects(NamedTuple):
     high: Any
 
 
+class Effects(Record):
+    """What results with an effect for each of C labels and each example have in common.
+
+    Attributes:
+        effects: `[...,B]`.
+        labels: what each of the C effects is of, in the order of `terms`.
+    """
+
+    effects: Any
+    labels: Any
+
+    @property
+    def terms(self) -> Float[Array, "C B"]:
+        """All effects as `[C,B]`."""
+        return self.effects.reshape(-1, self.effects.shape[-1])
+
+    def top(self, k: int) -> TopEffects:
+        """The k effects of largest absolute value of each example, `[k,B]`."""
+        return top_of(self.terms, k)
+
+    def mean(self, *, interval: float = 0.95, draws: int = 1000, seed: int = 0) -> MeanEffects:
+        """The mean over examples, and a percentile bootstrap interval of it.
+
+        Args:
+            interval: the share of bootstrap means inside.
+            draws: how many times the examples are drawn again, with replacement.
+            seed: of these draws.
+        """
+        return bootstrap(self.effects, interval=interval, draws=draws, seed=seed)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, repr=False)
-class PatchEffects(Record):
+class PatchEffects(Effects):
     """What patches do to a target: `effect = target(patched) - target(base)`, of each example.
 
     Attributes:
@@ -157,12 +188,8 @@ class PatchEffects(Record):
         """All effects as `[C,B]`."""
         return jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in self.by_site.values()])
 
-    def top(self, k: int) -> TopEffects:
-        """The k effects of largest absolute value of each example, `[k,B]`."""
-        return top_of(self.terms, k)
-
     def mean(self, *, interval: float = 0.95, draws: int = 1000, seed: int = 0) -> MeanEffects:
-        """The mean over examples, and a percentile bootstrap interval of it.
+        """The mean over examples, and a percentile bootstrap interval of it; by site as effects.
 
         Args:
             interval: the share of bootstrap means inside.
@@ -210,6 +237,18 @@ def rows_of(terms: Float[Array, "C B"], k: int | None) -> Iterator[tuple[int, in
             yield int(i), row, float(values[i, row])
 
 
+def edge_table(effects: Effects, k: int | None, there: Any = None) -> Table:
+    """A row for each edge and example, or for the k largest of each; of those that are there."""
+    table = Table({name: [] for name in ("edge", "writer", "reader", "row", "effect")})
+    for which, row, value in rows_of(effects.terms, k):
+        if there is None or there[which]:
+            edge = effects.labels[which]
+            entries = (str(edge), str(edge.writer), str(edge.reader), row, value)
+            for name, entry in zip(table, entries, strict=True):
+                table[name].append(entry)
+    return table
+
+
 def bootstrap(
     values: Float[Array, "... B"], *, interval: float = 0.95, draws: int = 1000, seed: int = 0
 ) -> MeanEffects:
@@ -243,7 +282,7 @@ def checked_over(over: Any, sites: tuple[str, ...]) -> tuple[str, ...]:
     Raises:
         TypeError, ValueError: for axes that are unknown, twice there, or not the sites'.
     """
-    over = (over,) if isinstance(over, str) else tuple(over)
+    over = as_names("over", over)
     sites_named = f"site {sites[0]!r}" if len(sites) == 1 else f"one of {sites}"
     for axis in over:
         checked_choice("over", axis, AXES)

@@ -1,5 +1,6 @@
 """Pairs of runs: the base, which is patched, and the source, whose activations are put in place."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -59,13 +60,23 @@ def checked_pair(
     return Pair(*pair, real)
 
 
+def as_names(argument: str, given: Any) -> tuple[str, ...]:
+    """One name or several, as a tuple; TypeError for anything else."""
+    if isinstance(given, str):
+        return (given,)
+    if not isinstance(given, Iterable):
+        do = "name one, or several in a tuple"
+        raise TypeError(expected(argument, "a name or names", repr(given), do))
+    return tuple(given)
+
+
 def checked_sites(config: ModelConfig, sites: Any, *, known: tuple[str, ...] = SITES) -> tuple:
     """Sites as a tuple of names that the model has.
 
     Raises:
         TypeError, ValueError: for sites that are unknown, twice there, or not the model's.
     """
-    names = (sites,) if isinstance(sites, str) else tuple(sites)
+    names = as_names("sites", sites)
     absent = lacking(config)
     present = tuple(s for s in known if s not in absent)
     if config.n_experts:

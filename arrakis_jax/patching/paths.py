@@ -13,10 +13,10 @@ from arrakis_jax.checks import Mask, Tokens
 from arrakis_jax.errors import expected
 from arrakis_jax.forward import compiled
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.patching.effects import MeanEffects, TopEffects, bootstrap, rows_of, top_of
+from arrakis_jax.patching.effects import Effects, edge_table
 from arrakis_jax.patching.graph import WRITTEN, Edge, Graph, Node, head_changes
 from arrakis_jax.patching.pairs import Pair, checked_pair
-from arrakis_jax.residuals import READERS, Record, ResidualStream
+from arrakis_jax.residuals import READERS, ResidualStream
 from arrakis_jax.table import Table
 from arrakis_jax.targets import Target, checked_target, read_target
 
@@ -25,7 +25,7 @@ KINDS = ("q", "k", "v", "mlp", "final")  # of readers; all but the last read at 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, repr=False)
-class PathEffects(Record):
+class PathEffects(Effects):
     """What patching single edges does to a target, of each example.
 
     Attributes:
@@ -48,32 +48,12 @@ class PathEffects(Record):
             "reader, minus the base run's target"
         )
 
-    def top(self, k: int) -> TopEffects:
-        """The k effects of largest absolute value of each example, `[k,B]`."""
-        return top_of(self.effects, k)
-
-    def mean(self, *, interval: float = 0.95, draws: int = 1000, seed: int = 0) -> MeanEffects:
-        """The mean over examples `[N]`, and a percentile bootstrap interval of it.
-
-        Args:
-            interval: the share of bootstrap means inside.
-            draws: how many times the examples are drawn again, with replacement.
-            seed: of these draws.
-        """
-        return bootstrap(self.effects, interval=interval, draws=draws, seed=seed)
-
     def to_table(self, k: int | None = None) -> Table:
         """A row for each edge and example, or for the k largest of each example.
 
         Columns: edge, writer, reader, row, effect.
         """
-        table = Table({name: [] for name in ("edge", "writer", "reader", "row", "effect")})
-        for which, row, value in rows_of(self.effects, k):
-            edge = self.labels[which]
-            entries = (str(edge), str(edge.writer), str(edge.reader), row, value)
-            for name, entry in zip(table, entries, strict=True):
-                table[name].append(entry)
-        return table
+        return edge_table(self, k)
 
 
 def path_patching(

@@ -119,7 +119,7 @@ def _checked(scores: Any, n: int, graph: Graph, by: str) -> np.ndarray:
         do = "look at what made them"
         raise ValueError(expected("scores", "finite", "NaN or infinity", do))
     most = int(graph.edges.sum())
-    if not 0 <= n <= most:
-        raise ValueError(expected("n", f"in [0, {most}]", n, "the graph has no more edges"))
+    if not isinstance(n, int | np.integer) or not 0 <= n <= most:
+        raise ValueError(expected("n", f"an int in [0, {most}]", n, "the graph has no more edges"))
     ordered = np.abs(scores_RW) if by == "absolute" else scores_RW
     return np.where(graph.edges, ordered, -np.inf)

@@ -342,8 +342,8 @@ def test_bad_input():
         (lambda: faithfulness(select="best"), ValueError, "`select` must be one of"),
         (lambda: faithfulness(by="size"), ValueError, "`by` must be one of"),
         (lambda: faithfulness(base="other"), ValueError, "`base` must be one of"),
-        (lambda: top_edges(scores, 999, graph), ValueError, r"`n` must be in \[0, "),
-        (lambda: greedy_edges(scores, -1, graph), ValueError, r"`n` must be in \[0, "),
+        (lambda: top_edges(scores, 999, graph), ValueError, r"`n` must be an int in \[0, "),
+        (lambda: greedy_edges(scores, -1, graph), ValueError, r"`n` must be an int in \[0, "),
     ]:
         with pytest.raises(error, match=message):
             function()
