@@ -233,6 +233,28 @@ def checked_count(name: str, value: Any, most: int) -> None:
         raise ValueError(expected(name, f"an int in [1, {most}]", value, do))
 
 
+def checked_seed(seed: Any) -> Array:
+    """A seed as an array, so that another one compiles nothing.
+
+    Raises:
+        ValueError: for anything but an int in [0, 2^32).
+    """
+    array = seed if isinstance(seed, jax.Array) else np.asarray(seed)
+    known = host(array)
+    fits = array.shape == () and jnp.issubdtype(array.dtype, jnp.integer)
+    if not fits or (known is not None and not 0 <= known < 2**32):
+        raise ValueError(expected("seed", "an int in [0, 2^32)", repr(seed), "such as 0"))
+    return jnp.asarray(array, jnp.uint32)
+
+
+def checked_numbers(name: str, values: Any, do: str) -> Array:
+    """An array of numbers; TypeError for anything else."""
+    array = values if isinstance(values, jax.Array) else np.asarray(values)
+    if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
+        raise TypeError(expected(name, "an array of numbers", type(values).__name__, do))
+    return jnp.asarray(array)
+
+
 def checked_choice(name: str, value: Any, choices: tuple) -> None:
     """Raises ValueError unless `value` is one of the choices."""
     if value not in choices:

@@ -177,11 +177,12 @@ class KL(Target):
         shape = jnp.shape(self.reference)
         if shape not in ((vocab,), (n_rows, vocab)):
             must = f"of shape ({vocab},) or ({n_rows}, {vocab})"
-            do = "pass run(...).logits[:, -1] of the reference run"
+            do = "pass the reference run's logits at the position"
             raise ValueError(expected("reference", must, f"shape {shape}", do))
         values = host(self.reference)
-        if values is not None and np.isnan(values).any():
-            raise ValueError(expected("reference", "free of NaN", "NaN", "pass logits"))
+        if values is not None and not np.isfinite(values.max(-1)).all():  # -inf is probability 0
+            got, do = "NaN, infinity, or a row without any", "pass logits"
+            raise ValueError(expected("reference", "a distribution in each row", got, do))
         reference = jnp.asarray(self.reference, model.config.acc)
         return replace(own, reference=jnp.broadcast_to(reference, (n_rows, vocab)))
 
@@ -327,6 +328,10 @@ def checked_target(
     Raises:
         TypeError, ValueError, IndexError: for a target that does not fit.
     """
+    if target is None or isinstance(target, str):
+        do = "such as Logit(3), or 3; `token_id(tokenizer, text)` gives a text's"
+        must = "token ids, a target or a function of logits"
+        raise TypeError(expected(name, must, repr(target), do))
     if not isinstance(target, Target) and not callable(target):
         shape = tokens.shape[:1]
         own = Logit(

@@ -16,7 +16,15 @@ from arrakis_jax.attribution.path import DOUBLINGS, RULES, integrated_gradients
 from arrakis_jax.attribution.perturb import occlusion, value_zeroing
 from arrakis_jax.attribution.result import NORMS, Attribution
 from arrakis_jax.axes import Array
-from arrakis_jax.checks import Ids, Mask, Tokens, checked_choice, checked_tokens, host
+from arrakis_jax.checks import (
+    Ids,
+    Mask,
+    Tokens,
+    checked_choice,
+    checked_seed,
+    checked_tokens,
+    host,
+)
 from arrakis_jax.config import ModelConfig
 from arrakis_jax.errors import expected
 from arrakis_jax.nn.transformer import Transformer
@@ -184,11 +192,11 @@ def _checked_options(config: ModelConfig, method: str, given: dict[str, Any]) ->
     for name in COUNTS:
         if options.get(name) is not None:
             options[name] = _checked_whole(name, options[name])
-    for name, most, dtype in (
-        ("noise", np.inf, config.acc), ("tolerance", np.inf, config.acc), ("seed", 2**32, "uint32"),
-    ):  # fmt: skip
+    if "seed" in options:
+        options["seed"] = checked_seed(options["seed"])
+    for name in ("noise", "tolerance"):
         if name in options:
-            options[name] = _checked_scalar(name, options[name], most, dtype)
+            options[name] = _checked_size(name, options[name], config.acc)
     return options
 
 
@@ -200,15 +208,13 @@ def _checked_whole(name: str, value: Any) -> int:
     return int(value)
 
 
-def _checked_scalar(name: str, value: Any, most: float, dtype: Any) -> Array:
-    """A number in [0, most) as an array, so that another one compiles nothing."""
-    kind = jnp.integer if most < np.inf else jnp.number
+def _checked_size(name: str, value: Any, dtype: Any) -> Array:
+    """A number from 0 on as an array, so that another one compiles nothing."""
     array = value if isinstance(value, jax.Array) else np.asarray(value)
     known = host(array)
-    fits = array.shape == () and jnp.issubdtype(array.dtype, kind)
-    if not fits or (known is not None and not 0 <= known < most):
-        must = "a number, 0 or more" if kind is jnp.number else f"an int in [0, {most})"
-        raise ValueError(expected(name, must, repr(value), "give one such"))
+    fits = array.shape == () and jnp.issubdtype(array.dtype, jnp.number)
+    if not fits or (known is not None and not 0 <= known < np.inf):
+        raise ValueError(expected(name, "a number, 0 or more", repr(value), "give one such"))
     return jnp.asarray(array, dtype)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from arrakis_jax.axes import Array, Bool, Float
+from arrakis_jax.checks import checked_numbers
 from arrakis_jax.errors import expected
 from arrakis_jax.numerics import contract
 from arrakis_jax.patching.effects import Effects
@@ -16,7 +17,7 @@ from arrakis_jax.residuals import Record
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Agreement(Record):
-    """How an estimate of C effects agrees with the exact ones, for each example.
+    """How an estimate of C effects agrees with the exact ones, for each example; NaN if one is NaN.
 
     Attributes:
         rank_correlation: `[B]`, Spearman's, with average ranks for ties; NaN where either has no
@@ -55,7 +56,7 @@ def agreement(
         An Agreement.
 
     Raises:
-        ValueError: for effects of unequal shape, or a share outside of (0, 1].
+        TypeError, ValueError: for effects of unequal shape or cells, or a share outside of (0, 1].
 
     Example:
         >>> exact = jnp.array([[3.0], [-2.0], [0.5]])
@@ -66,7 +67,15 @@ def agreement(
         Kramar et al. 2024 (AtP*), who count false negatives; Spearman's correlation with average
         ranks.
     """
-    found, exact = (x.terms if isinstance(x, Effects) else jnp.asarray(x) for x in (found, exact))
+    both = isinstance(found, Effects) and isinstance(exact, Effects)
+    if both and found.labels != exact.labels:
+        do = "ask for the same sites and axes, in the same order"
+        raise ValueError(expected("found", f"of {exact.labels}", f"{found.labels}", do))
+    do = "pass the scores `[...,B]`, or a result of patching"
+    found, exact = (
+        x.terms if isinstance(x, Effects) else checked_numbers(name, x, do)
+        for name, x in (("found", found), ("exact", exact))
+    )
     if found.shape != exact.shape or exact.ndim < 2:
         do = "compare the same cells, with the examples last"
         must = f"of exact's shape {exact.shape}, `[...,B]`"
@@ -86,25 +95,26 @@ def _agreement(found_CB: Array, exact_CB: Array, least_B: Array, *, share: float
 
 
 def _of_row(found_C: Array, exact_C: Array, least: Array, *, share: float) -> dict[str, Array]:
-    kept_C = jnp.abs(exact_C) > least
+    kept_C = ~(jnp.abs(exact_C) <= least)  # NaN is compared, and shows
     n = kept_C.sum()
     size = jnp.where(kept_C, jnp.abs(exact_C), -1)
     guess = jnp.where(kept_C, jnp.abs(found_C), -1)
     place, guessed = (jnp.argsort(jnp.argsort(-x)) for x in (size, guess))
-    k = jnp.ceil(share * n)
+    k = jnp.ceil(share * n - 1e-4)  # a hair less, so that 0.07 of 100 are 7, whatever the rounding
     largest = place < k
     same = jnp.sign(found_C) == jnp.sign(exact_C)
 
     def part(of: Array, among: Array) -> Array:
         return jnp.sum(of & among) / jnp.sum(among)
 
-    return {
+    measures = {
         "rank_correlation": rank_correlation(found_C, exact_C, kept_C),
         "sign_agreement": part(same, kept_C),
         "top_overlap": part(guessed < k, largest),
         "false_negatives": part(guessed >= jnp.maximum(jnp.ceil(0.1 * n), k), largest),
-        "n": n,
     }
+    broken = jnp.any(kept_C & jnp.isnan(found_C + exact_C))
+    return {name: jnp.where(broken, jnp.nan, x) for name, x in measures.items()} | {"n": n}
 
 
 def rank_correlation(

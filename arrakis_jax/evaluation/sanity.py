@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from arrakis_jax.axes import Array, Float
-from arrakis_jax.checks import checked_layers
+from arrakis_jax.checks import checked_layers, checked_seed
 from arrakis_jax.evaluation.agreement import agreement
 from arrakis_jax.forward import compiled
 from arrakis_jax.nn.transformer import Transformer
@@ -44,7 +44,7 @@ def randomised_weights(
     which = jnp.ones(n_layers, bool)
     if chosen is not None:
         which = jnp.zeros(n_layers, bool).at[jnp.array(chosen, int)].set(True)
-    return _randomised(model, jax.random.key(seed), which, jnp.asarray(outside, bool))
+    return _randomised(model, jax.random.key(checked_seed(seed)), which, jnp.asarray(outside, bool))
 
 
 @compiled()

@@ -9,7 +9,15 @@ import numpy as np
 
 from arrakis_jax.attribution.inputs import Inputs, checked_baseline
 from arrakis_jax.axes import Array, Bool, Float, Int
-from arrakis_jax.checks import Mask, Tokens, checked_count, checked_tokens, host
+from arrakis_jax.checks import (
+    Mask,
+    Tokens,
+    checked_count,
+    checked_numbers,
+    checked_seed,
+    checked_tokens,
+    host,
+)
 from arrakis_jax.errors import expected
 from arrakis_jax.forward import compiled
 from arrakis_jax.nn.transformer import Transformer
@@ -128,7 +136,7 @@ def token_faithfulness(
     """
     tokens, mask = checked_tokens(model.config, tokens, mask, check=check)
     target = checked_target(model, tokens, target, mask)
-    scores = jnp.asarray(scores)
+    scores = checked_numbers("scores", scores, "pass the scores, such as its `.tokens`")
     if scores.shape != tokens.shape:
         do = "give a score for each token"
         raise ValueError(
@@ -142,14 +150,14 @@ def token_faithfulness(
     if shortest < 2 and not first:
         do = "drop such rows, or pass first=True"
         raise ValueError(expected("tokens", "two real tokens long or more", shortest, do))
-    if not isinstance(draws, int) or draws < 2 or draws % 2:
+    if not isinstance(draws, int | np.integer) or draws < 2 or draws % 2:
         do = "every random order is followed by its reverse"
         raise ValueError(expected("draws", "an even number from 2 on", draws, do))
     checked_count("step_batch", step_batch, 10**6)
     baseline = checked_baseline(model.config, baseline, tokens, mask, check=check)
     baseline = None if baseline is None else jnp.asarray(baseline)
     return _token_faithfulness(
-        model, tokens, mask, scores, target, baseline, seed,
+        model, tokens, mask, scores, target, baseline, checked_seed(seed),
         first=bool(first), draws=int(draws), step_batch=int(step_batch),
     )  # fmt: skip
 
@@ -224,8 +232,7 @@ def _curves(deletion_KB: Array, insertion_KB: Array, n_B: Array) -> Curves:
 
 def _ranked(order_BT: Float[Array, "B T"], free_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     """Each free token's place from the largest down, ties in order of position; the rest last."""
-    key_BT = jnp.where(free_BT, -order_BT, jnp.inf)
-    return jnp.argsort(jnp.argsort(key_BT, -1, stable=True), -1)
+    return jnp.argsort(jnp.lexsort((-order_BT, ~free_BT)), -1)
 
 
 def _random(key: Array, inputs: Inputs, draw: Array) -> Float[Array, "B T"]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from arrakis_jax.attribution.gradients import target_value
 from arrakis_jax.axes import Array, Bool, Float, Int
-from arrakis_jax.checks import Ids, Mask, Tokens, checked_choice
+from arrakis_jax.checks import Ids, Mask, Tokens, checked_choice, checked_numbers
 from arrakis_jax.errors import expected
 from arrakis_jax.forward import compiled
 from arrakis_jax.layers import written
@@ -311,7 +311,9 @@ def circuit_faithfulness(
     if not fractions or not (np.diff(ends)[:-1] > 0).all() or fractions[-1] > 1:
         do = "such as (0.01, 0.1, 1)"
         raise ValueError(expected("fractions", "ascending in (0, 1]", fractions, do))
-    scores = np.asarray(scores) * (-1 if by == "signed" and base == "clean" else 1)
+    do = "such as edge_attribution(...).effects.mean(-1)"
+    sign = -1 if by == "signed" and base == "clean" else 1
+    scores = sign * np.asarray(checked_numbers("scores", scores, do))
     n_edges = int(graph.edges.sum())
     circuits = jnp.asarray(
         np.stack(

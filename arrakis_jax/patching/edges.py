@@ -97,8 +97,7 @@ class EdgeEffects(Effects):
 
     def top(self, k: int) -> TopEffects:
         """The k effects of largest absolute value of each example, `[k,B]`."""
-        checked_count("k", k, int(self.graph.edges.sum()))
-        return top_of(self.terms, k)
+        return top_of(self.terms, k, self.graph.edges.reshape(-1))
 
     def to_table(self, k: int | None = None) -> Table:
         """A row for each edge and example, or for the k largest of each example.
@@ -147,7 +146,8 @@ def edge_attribution(
         along: "inputs": the embedding is moved from the base to the source run, and all else
             follows. "activations": for each group of writers (the embedding, the heads of a layer,
             an MLP) only the group's own outputs are moved, for the effects of these writers.
-        rule: where on the way, 0 at the base and 1 at the source run: "right", the published one,
+        rule: where on the way, 0 at the base and 1 at the source run (in models with RMSNorm and
+            RoPE the mean converges slowly, and "midpoint" the soonest): "right", the published one,
             1/m, ..., 1; "left" 0, ..., (m-1)/m; "midpoint"; "gauss_legendre"; or "trapezoid", with
             one more.
         step_batch: how many steps are run at once at most, for which memory is needed; None for

@@ -12,6 +12,7 @@ import numpy as np
 from arrakis_jax.axes import Array, Float
 from arrakis_jax.checks import checked_choice, checked_count
 from arrakis_jax.errors import expected
+from arrakis_jax.numerics import contract
 from arrakis_jax.patching.pairs import HEADS, as_names
 from arrakis_jax.residuals import ABSENT, UNSTACKED, Record
 from arrakis_jax.table import Table
@@ -221,31 +222,34 @@ class PatchEffects(Effects):
         return table
 
 
-def top_of(terms: Float[Array, "C B"], k: int) -> TopEffects:
-    """The k largest of C terms by absolute value, for each example."""
-    checked_count("k", k, terms.shape[0])
-    index = jax.lax.top_k(jnp.abs(terms).T, k)[1].T
+def top_of(terms: Float[Array, "C B"], k: int, there: Any = None) -> TopEffects:
+    """The k largest of C terms by absolute value, for each example; of those that are there."""
+    checked_count("k", k, terms.shape[0] if there is None else int(there.sum()))
+    size = jnp.abs(terms) if there is None else jnp.where(there[:, None], jnp.abs(terms), -1)
+    index = jax.lax.top_k(size.T, k)[1].T
     return TopEffects(jnp.take_along_axis(terms, index, 0), index)
 
 
-def rows_of(terms: Float[Array, "C B"], k: int | None) -> Iterator[tuple[int, int, float]]:
+def rows_of(
+    terms: Float[Array, "C B"], k: int | None, there: Any = None
+) -> Iterator[tuple[int, int, float]]:
     """Which term, which example and the value, example after example; or only the k largest."""
     values = np.asarray(terms)
-    index = None if k is None else np.asarray(top_of(terms, k).index)
+    index = None if k is None else np.asarray(top_of(terms, k, there).index)
+    every = range(values.shape[0]) if there is None else np.flatnonzero(there)
     for row in range(values.shape[1]):
-        for i in range(values.shape[0]) if index is None else index[:, row]:
+        for i in every if index is None else index[:, row]:
             yield int(i), row, float(values[i, row])
 
 
 def edge_table(effects: Effects, k: int | None, there: Any = None) -> Table:
     """A row for each edge and example, or for the k largest of each; of those that are there."""
     table = Table({name: [] for name in ("edge", "writer", "reader", "row", "effect")})
-    for which, row, value in rows_of(effects.terms, k):
-        if there is None or there[which]:
-            edge = effects.labels[which]
-            entries = (str(edge), str(edge.writer), str(edge.reader), row, value)
-            for name, entry in zip(table, entries, strict=True):
-                table[name].append(entry)
+    for which, row, value in rows_of(effects.terms, k, there):
+        edge = effects.labels[which]
+        entries = (str(edge), str(edge.writer), str(edge.reader), row, value)
+        for name, entry in zip(table, entries, strict=True):
+            table[name].append(entry)
     return table
 
 
@@ -259,9 +263,13 @@ def bootstrap(
     n = values.shape[-1]
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
     weight = jnp.asarray(drawn / n, values.dtype)
-    means = jnp.einsum("...B,NB->...N", values, weight, precision="highest")
-    tail = 50 * (1 - interval)
-    low, high = jnp.percentile(means, jnp.array([tail, 100 - tail]), axis=-1)
+    tail = jnp.array([50 * (1 - interval), 50 * (1 + interval)])
+
+    def ends(row_B: Float[Array, " B"]) -> Float[Array, " 2"]:
+        return jnp.percentile(contract("NB,B->N", weight, row_B), tail)
+
+    found = jax.lax.map(ends, values.reshape(-1, n), batch_size=4096)  # bounds memory
+    low, high = jnp.moveaxis(found.reshape(*values.shape[:-1], 2), -1, 0)
     return MeanEffects(values.mean(-1), low, high)
 
 

@@ -87,8 +87,9 @@ def attribution_patching(
         PatchEffects, whose effects have an axis for each entry of `over`, then B, in units of the
         target; zero at padding. With several sites a dict by site. `screening` is
         `sum_l |effect with the attention and MLP outputs of layer l held fixed| / (L - 1)`, of
-        each cell (absolute after the sum along axes not in `over`): for finding nodes, since its
-        size and lack of sign are no effect's.
+        each cell (absolute after the sum along axes not in `over`; at "embed" and "final", which
+        are in no layer, all L count): for finding nodes, since its size and lack of sign are no
+        effect's.
 
     Raises:
         TypeError, ValueError, IndexError: for tokens, a target, sites, axes or options that do not
@@ -204,7 +205,7 @@ def _attribution_patching(
         screening=ABSENT if screening is None else shaped(screening),
         over=over,
         sites=sites,
-        method=method if steps is None else "nap_ig",
+        method=method if steps is None else f"{method}, the mean over {steps} inputs",
         patch=patch,
     )
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 from arrakis_jax.axes import Array
 from arrakis_jax.checks import checked_choice, checked_tokens
@@ -50,12 +50,15 @@ def checked_pair(
             return Pair(clean, None, real)
         do = "give the prompts that patches come from"
         raise TypeError(expected("corrupt", "token ids `[B,T]`", "None", do))
-    corrupt, _ = checked_tokens(model.config, corrupt, mask, check=check, name="corrupt")
-    if clean.shape != corrupt.shape:
+    try:
+        shape = np.shape(corrupt)
+    except ValueError:  # ragged: as any tokens are
+        shape = clean.shape
+    if len(shape) == 2 and shape != clean.shape:
         do = "make pairs of equal length, token for token"
-        raise ValueError(
-            expected("corrupt", f"of clean's shape {clean.shape}", f"shape {corrupt.shape}", do)
-        )
+        must = f"of clean's shape {clean.shape}"
+        raise ValueError(expected("corrupt", must, f"shape {shape}", do))
+    corrupt, _ = checked_tokens(model.config, corrupt, mask, check=check, name="corrupt")
     pair = (clean, corrupt) if base == "clean" else (corrupt, clean)
     return Pair(*pair, real)
 
@@ -107,8 +110,6 @@ def values_at(
     Means are over the real tokens of all examples, and broadcast.
     """
     found: dict[str, Any] = {site: getattr(stream, site) for site in sites}
-    if patch == "zero":
-        return jax.tree.map(jnp.zeros_like, found)
     if patch == "resample":
         return found
     return {site: _mean(stream, site, value) for site, value in found.items()}

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from arrakis_jax.checks import checked_numbers
 from arrakis_jax.errors import expected
 from arrakis_jax.patching.graph import Graph, Node
 
@@ -111,7 +112,8 @@ def _checked(scores: Any, n: int, graph: Graph, by: str) -> np.ndarray:
     """The scores as they are ordered, least where there is no edge."""
     if by not in BY:
         raise ValueError(expected("by", f"one of {BY}", repr(by), "choose one of them"))
-    scores_RW = np.asarray(scores)
+    do = "such as edge_attribution(...).effects.mean(-1)"
+    scores_RW = np.asarray(checked_numbers("scores", scores, do))
     if scores_RW.shape != graph.edges.shape:
         must, do = f"of shape {graph.edges.shape}", "take the mean over examples"
         raise ValueError(expected("scores", must, f"shape {scores_RW.shape}", do))

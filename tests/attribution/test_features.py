@@ -468,7 +468,7 @@ def test_bad_input():
         (lambda: smooth(samples=2.0), ValueError, "`samples` must be a positive int, got 2.0"),
         (lambda: smooth(noise=-1), ValueError, "`noise` must be a number, 0 or more, got -1"),
         (lambda: smooth(noise="big"), ValueError, "`noise` must be a number, 0 or more, got 'big'"),
-        (lambda: smooth(seed=0.5), ValueError, r"`seed` must be an int in \[0, 4294967296\)"),
+        (lambda: smooth(seed=0.5), ValueError, r"`seed` must be an int in \[0, 2\^32\)"),
         (lambda: path(tolerance=np.nan), ValueError, "`tolerance` must be a number, 0 or more"),
         (
             lambda: path(steps=4, tolerance=1e-4),

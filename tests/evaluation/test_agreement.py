@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from arrakis_jax import agreement
+from arrakis_jax import PatchEffects, agreement
 
 
 def test_rank_correlation_is_scipys_with_ties():
@@ -49,7 +49,27 @@ def test_shapes_jit_and_no_order():
     assert np.isnan(agreement(jnp.ones((5, 1)), exact[:, :1, 0].repeat(5, 0)[:5]).rank_correlation)
 
 
+def test_nan_is_not_hidden():
+    exact = np.random.default_rng(0).normal(size=(10, 3))
+    found = exact.copy()
+    found[4, 0] = exact[4, 1] = np.nan
+    for value in (agreement(found, exact).rank_correlation, agreement(found, exact).sign_agreement):
+        np.testing.assert_allclose(value, [np.nan, np.nan, 1], atol=1e-6)
+
+
+def test_other_cells_are_refused():
+    shape = dict(base=jnp.zeros(1), sites=("z",))
+    cells = [
+        PatchEffects(effects=jnp.ones((2, 3, 1)), over=over, **shape)
+        for over in (("layer", "head"), ("layer", "position"))
+    ]
+    with pytest.raises(ValueError, match="`found` must be of Cells"):
+        agreement(*cells)
+
+
 def test_bad_input():
+    with pytest.raises(TypeError, match="`found` must be an array of numbers, got str"):
+        agreement("x", np.zeros((3, 2)))
     with pytest.raises(ValueError, match=r"`found` must be of exact's shape \(3, 2\)"):
         agreement(np.zeros((4, 2)), np.zeros((3, 2)))
     with pytest.raises(ValueError, match=r"`share` must be in \(0, 1\], got 0"):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrakis_jax import Entropy, Logit, token_faithfulness
+from arrakis_jax import Entropy, Logit, feature_attribution, token_faithfulness
 from tests.models import batch, close, compilations, model
 
 
@@ -85,11 +85,24 @@ def test_the_batch_of_forwards_and_new_targets():
     assert not np.allclose(four[0], four[2]) and np.allclose(four[:2], one.random.deletion)
 
 
+def test_a_score_may_be_infinite():
+    m, tokens = model("gpt2"), np.arange(5)[None]
+    scores = np.array([[0, 1, -np.inf, 3, 2]])
+    found = token_faithfulness(m, tokens, scores, 3, draws=2)
+    finite = token_faithfulness(m, tokens, np.maximum(scores, -99), 3, draws=2)
+    np.testing.assert_array_equal(found.found.deletion, finite.found.deletion)
+    np.testing.assert_array_equal(found.found.insertion[-1], found.full)
+
+
 def test_bad_input():
     m, tokens = model("gpt2"), np.arange(4)[None]
+    with pytest.raises(TypeError, match="`scores` must be an array of numbers, got Attribution"):
+        token_faithfulness(m, tokens, feature_attribution(m, tokens, 3), 3)
     for call, message in [
         (lambda: token_faithfulness(m, tokens, np.zeros((1, 3)), 3), "`scores` must be of the tok"),
         (lambda: token_faithfulness(m, tokens, np.zeros((1, 4)), 3, draws=3), "`draws` must be an"),
+        (lambda: token_faithfulness(m, tokens, np.full((1, 4), np.nan), 3), "got NaN"),
+        (lambda: token_faithfulness(m, tokens, np.zeros((1, 4)), 3, seed=-1), "`seed` must be an"),
         (lambda: token_faithfulness(m, tokens[:, :1], np.zeros((1, 1)), 3), "two real tokens"),
         (
             lambda: token_faithfulness(m, tokens, np.zeros((1, 4)), 3, baseline=np.zeros(3)),

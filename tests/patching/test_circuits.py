@@ -334,6 +334,7 @@ def test_bad_input():
         (lambda: call(graph.edges), ValueError, r"add an axis with circuits\[None\]"),
         (lambda: call(every[:, 1:]), ValueError, r"`circuits` must be \[N, 20, 8\]"),
         (lambda: call(every.astype(int)), TypeError, "`circuits` must be bool"),
+        (lambda: faithfulness("all"), TypeError, "such as edge_attribution"),
         (lambda: faithfulness(scores[None]), ValueError, "take the mean over examples"),
         (lambda: faithfulness(scores * np.nan), ValueError, "`scores` must be finite"),
         (lambda: faithfulness(fractions=(0.5, 0.1)), ValueError, "`fractions` must be ascending"),
