@@ -79,7 +79,8 @@ class TokenFaithfulness(Record):
         It is wild where all tokens hardly change the target: over many examples, rather divide the
         means.
         """
-        return (target - self.empty) / (self.full - self.empty)
+        empty, full = (jnp.broadcast_to(x, target.shape) for x in (self.empty, self.full))
+        return (target - empty) / (full - empty)
 
 
 def token_faithfulness(
