@@ -31,6 +31,11 @@ class Places:
         position = jnp.maximum(jnp.cumsum(mask, -1) - 1, 0)
         return cls(mask, position, mask.sum(-1))
 
+    def after(self, n: int) -> "Places":
+        """Those of the columns from `n` on."""
+        mask = None if self.mask is None else self.mask[..., n:]
+        return Places(mask, self.position[..., n:], self.count)
+
     @property
     def real(self) -> Bool[Array, "... T"]:
         """The mask, also when every token is real."""

@@ -1,25 +1,23 @@
-"""What rounding operands to bfloat16 saves and costs: matmul_precision "default", not "highest".
+"""What does rounding operands to bfloat16 save and cost: matmul_precision "default"?
 
-python benchmarks/bfloat16.py [--json FILE]
-
-Speed: the forward of two layers of the 6.7B shape of Llama on 1 x 50 and 1 x 512 tokens, on the
-device that JAX finds. Error: of the logits of random models, of many shapes, against "highest",
-relative to the largest logit; matrices have a std of 1.7 / sqrt(D), so that attention is not flat.
+Speed: the forward of two layers of the 6.7B shape of Llama on 1 x 50 and 1 x 512 tokens, over
+"highest". Error: of the logits of random models of many shapes, against "highest", relative to the
+largest logit; matrices have a std of 1.7 / sqrt(D), so that attention is not flat.
 """
 
-import time
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import typer
 from flax import nnx
-from report import report
 
 from arrakis_jax import Transformer, config_for, run
+from benchmarks.cost import clocked, medians
+from benchmarks.options import Options
 
 SIZES = dict(vocab_size=501, hidden_size=96, num_hidden_layers=4, num_attention_heads=6)
 SHAPES = {
@@ -29,6 +27,35 @@ SHAPES = {
     "qwen3": dict(SIZES, num_key_value_heads=2, intermediate_size=256, head_dim=16),
     "mixtral": dict(SIZES, num_key_value_heads=2, intermediate_size=256),
 }
+
+
+def figures(options: Options) -> Iterator[dict[str, Any]]:
+    shape = SHAPES["llama"] if options.quick else dict(num_hidden_layers=2)
+    config = config_for("llama", dtype="bfloat16", **shape)
+    large = Transformer(config, rngs=nnx.Rngs(0))
+    for length in (8,) if options.quick else (50, 512):
+        tokens = jnp.arange(length)[None]
+        calls = {
+            p: partial(clocked, forward, recast(large, p), tokens) for p in ("highest", "default")
+        }
+        seconds = medians(options.repeats, calls)
+        yield {
+            "question": "forward, times as fast",
+            "model": f"llama, 1 x {length} tokens",
+            "value": seconds["highest"] / seconds["default"],
+        }
+    tokens = np.random.default_rng(0).integers(501, size=(4, 64))
+    for family, shape in SHAPES.items():
+        small = spread(Transformer(config_for(family, dtype="bfloat16", **shape), rngs=nnx.Rngs(0)))
+        exact, fast = (
+            np.asarray(run(recast(small, p), tokens).logits) for p in ("highest", "default")
+        )
+        error = float(np.abs(fast - exact).max() / np.abs(exact).max())
+        yield {"question": "error of the logits", "model": family, "value": error}
+
+
+def forward(model: Transformer, tokens: jax.Array) -> jax.Array:
+    return run(model, tokens, capture=("final",)).residuals.final
 
 
 def recast(model: Transformer, precision: str) -> Transformer:
@@ -49,37 +76,3 @@ def spread(model: Transformer) -> Transformer:
         return (std * jax.random.normal(next(keys), leaf.shape)).astype(leaf.dtype)
 
     return jax.tree.map(draw, model)
-
-
-def seconds(model: Transformer, length: int) -> float:
-    tokens = jnp.arange(length)[None]
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        jax.block_until_ready(run(model, tokens, capture=("final",)))
-        times.append(time.perf_counter() - start)
-    return min(times[1:])  # the first compiles
-
-
-def main(json_file: Annotated[Path | None, typer.Option("--json")] = None):
-    rows = []
-    large = Transformer(
-        config_for("llama", dtype="bfloat16", num_hidden_layers=2), rngs=nnx.Rngs(0)
-    )
-    for length in (50, 512):
-        highest, default = (seconds(recast(large, p), length) for p in ("highest", "default"))
-        rows.append({"what": f"1 x {length} tokens, times as fast", "default": highest / default})
-    tokens = np.random.default_rng(0).integers(501, size=(4, 64))
-    for family, shape in SHAPES.items():
-        config = config_for(family, dtype="bfloat16", **shape)
-        small = spread(Transformer(config, rngs=nnx.Rngs(0)))
-        exact, fast = (
-            np.asarray(run(recast(small, p), tokens).logits) for p in ("highest", "default")
-        )
-        error = float(np.abs(fast - exact).max() / np.abs(exact).max())
-        rows.append({"what": f"{family}, error of the logits", "default": error})
-    report("bfloat16 with operands rounded", rows, json_file)
-
-
-if __name__ == "__main__":
-    typer.run(main)

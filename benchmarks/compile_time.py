@@ -1,49 +1,48 @@
-"""Compile time of the forward and of the gradients at every site, at 4 and at 48 layers.
+"""Does compile time grow with depth? At 48 layers over 4; at most 1.5."""
 
-python benchmarks/compile_time.py [--json FILE]     (aim: a ratio of 1.5)
-"""
-
-import time
-from pathlib import Path
-from typing import Annotated
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import typer
 from flax import nnx
-from report import report
 
-from arrakis_jax import Transformer, config_for, residual_gradients
+from arrakis_jax import Transformer, config_for, logit_attribution, residual_gradients
+from benchmarks.cost import cold
+from benchmarks.options import Options
+from benchmarks.workloads import AGAINST, TARGET
 
-PROGRAMS = {
+PROGRAMS: dict[str, Callable] = {
     "forward": lambda m, t: m(t),
-    "gradients at every site": lambda m, t: residual_gradients(m, t, 3, against=4),
+    "head attribution, every position": lambda m, t: logit_attribution(
+        m, t, jnp.roll(t, -1, 1), against=AGAINST, by="head", position=None
+    ),
+    "gradient, every site": lambda m, t: residual_gradients(m, t, TARGET, against=AGAINST),
 }
-REPEATS = 5
+SHALLOW, DEEP, AIM = 4, 48, 1.5
 
 
-def seconds(program, n_layers: int) -> float:
-    config = config_for("gpt2", n_layer=n_layers, n_embd=64, n_head=4, vocab_size=1000)
-    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+def figures(options: Options) -> Iterator[dict[str, Any]]:
     tokens = jax.ShapeDtypeStruct((4, 32), jnp.int32)
-    times = []
-    for _ in range(REPEATS):
-        jax.clear_caches()
-        began = time.perf_counter()
-        jax.jit(program).lower(model, tokens).compile()
-        times.append(time.perf_counter() - began)
-    return min(times)
-
-
-def main(json_file: Annotated[Path | None, typer.Option("--json")] = None) -> None:
-    rows = []
+    models = {layers: abstract(layers) for layers in (SHALLOW, DEEP)}
+    repeats = 1 if options.quick else options.repeats
     for name, program in PROGRAMS.items():
-        short, long = seconds(program, 4), seconds(program, 48)
-        rows.append(
-            {"program": name, "4 layers, s": short, "48 layers, s": long, "ratio": long / short}
-        )
-    report("compile time", rows, json_file)
+        times: dict[int, list[float]] = {layers: [] for layers in models}
+        for _ in range(repeats):
+            for layers, model in models.items():
+                times[layers].append(cold(program, model, tokens).seconds)
+        shallow, deep = (statistics.median(times[layers]) for layers in models)
+        yield {
+            "program": name,
+            f"seconds_{SHALLOW}_layers": shallow,
+            f"seconds_{DEEP}_layers": deep,
+            "ratio": deep / shallow,
+            "aim": AIM,
+            "reached": deep / shallow <= AIM,
+        }
 
 
-if __name__ == "__main__":
-    typer.run(main)
+def abstract(layers: int) -> Transformer:
+    config = config_for("gpt2", n_layer=layers, n_embd=64, n_head=4, vocab_size=1000)
+    return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))

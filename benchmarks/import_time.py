@@ -1,40 +1,34 @@
-"""`import arrakis_jax` against `import jax, flax.nnx`: median seconds of fresh processes.
+"""How much longer than `import jax, flax.nnx` does `import arrakis_jax` take? At most 1.3 times.
 
-python benchmarks/import_time.py [--json FILE]     (aim: a ratio of 1.3)
+Median seconds of fresh processes.
 """
 
-import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
-import typer
-from report import report
+from benchmarks.cost import medians
+from benchmarks.options import Options
 
 STATEMENTS = {"jax and flax": "import jax, flax.nnx", "arrakis_jax": "import arrakis_jax"}
-REPEATS = 9
+AIM = 1.3
+
+
+def figures(options: Options) -> Iterator[dict[str, Any]]:
+    calls = {name: partial(seconds, statement) for name, statement in STATEMENTS.items()}
+    found = medians(1 if options.quick else 2 * options.repeats, calls)
+    yield {"import": "jax and flax", "seconds": found["jax and flax"]}
+    ratio = found["arrakis_jax"] / found["jax and flax"]
+    yield {
+        "import": "arrakis_jax", "seconds": found["arrakis_jax"], "ratio": ratio, "aim": AIM,
+        "reached": ratio <= AIM,
+    }  # fmt: skip
 
 
 def seconds(statement: str) -> float:
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", statement], check=True)
     return time.perf_counter() - began
-
-
-def main(json_file: Annotated[Path | None, typer.Option("--json")] = None) -> None:
-    times: dict[str, list[float]] = {name: [] for name in STATEMENTS}
-    for _ in range(REPEATS + 1):  # the first fills the disk's cache
-        for name, statement in STATEMENTS.items():
-            times[name].append(seconds(statement))
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
-    rows = [
-        {"import": name, "seconds": value, "ratio": value / medians["jax and flax"]}
-        for name, value in medians.items()
-    ]
-    report("import time", rows, json_file)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,24 +1,33 @@
-"""A 6.7B-parameter Llama in bfloat16 on a CPU: random init, and the three tools on 1 x 50 tokens.
+"""What does a Llama of 6.7B parameters in bfloat16 take? Random init, and three tools on 50 tokens.
 
-python benchmarks/large_model.py [--layers 32] [--json FILE]
-
-Times include compilation. The bounds, at 32 layers: 180 s for the initialisation, and 20 GiB for
-the peak of the whole process (VmHWM of /proc/self/status, so Linux only).
+Times include compilation. The aims are 180 s for the initialisation, and 20 GiB for the peak of the
+whole process (VmHWM of /proc/self/status, so Linux only).
 """
 
+import json
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import jax
-import numpy as np
-import typer
-from flax import nnx
-from report import report
+from benchmarks.fresh import fresh
+from benchmarks.options import Options
 
-from arrakis_jax import ResidualTools, Transformer, config_for, run
+QUICK = dict(num_hidden_layers=2, hidden_size=512, intermediate_size=1024, num_attention_heads=8)
+SECONDS, GIB = 180, 20
 
-INIT_SECONDS, PEAK_GIB = 180, 20
+
+def figures(options: Options) -> Iterator[dict[str, Any]]:
+    steps = list(fresh("large_model", json.dumps(options.quick)))
+    yield from steps
+    if options.quick:
+        return
+    for step, value, aim in (
+        ("initialisation, s", steps[0]["seconds"], SECONDS),
+        ("peak, GiB", steps[-1]["peak_gib"], GIB),
+    ):
+        yield {"step": step, "value": value, "aim": aim, "reached": value <= aim}
 
 
 def peak_gib() -> float:
@@ -27,30 +36,37 @@ def peak_gib() -> float:
     return int(line.split()[1]) / 2**20
 
 
-def main(layers: int = 32, json_file: Annotated[Path | None, typer.Option("--json")] = None):
-    config = config_for("llama", dtype="bfloat16", num_hidden_layers=layers)
-    rows = []
+def measure(quick: bool) -> Iterator[dict[str, Any]]:
+    import jax
+    import numpy as np
+    from flax import nnx
 
-    def timed(step: str, function):
-        start = time.perf_counter()
+    from arrakis_jax import ResidualTools, Transformer, config_for, run
+
+    def timed(step: str, function: Callable) -> tuple[Any, dict[str, Any]]:
+        began = time.perf_counter()
         result = jax.block_until_ready(function())
-        seconds = time.perf_counter() - start
-        rows.append({"step": step, "seconds": seconds, "peak so far, GiB": peak_gib()})
-        return result
+        seconds = time.perf_counter() - began
+        return result, {"step": step, "seconds": seconds, "peak_gib": peak_gib()}
 
-    model = timed("initialisation", lambda: Transformer(config, rngs=nnx.Rngs(0)))
-    n = sum(leaf.size for leaf in jax.tree.leaves(model))
+    config = config_for("llama", dtype="bfloat16", **(QUICK if quick else {}))
+    model, figure = timed("initialisation", lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
+    yield figure | {"parameters": parameters}
     tools = ResidualTools(model)
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(1, 50))
-    out = timed("run", lambda: run(model, tokens))
-    timed("residual_decomposition", lambda: tools.residual_decomposition(out, layers // 2))
-    timed("residual_movement", lambda: tools.residual_movement(tokens, 0, -1))
-    timed("feature_attribution", lambda: tools.feature_attribution(tokens, 3))
-    timed("feature_attribution again", lambda: tools.feature_attribution(tokens, 4))
-    report(f"a Llama of {n / 1e9:.2f}B parameters in bfloat16", rows, json_file)
-    if layers == 32 and (rows[0]["seconds"] > INIT_SECONDS or peak_gib() > PEAK_GIB):
-        raise typer.Exit(1)
+    out, figure = timed("run", lambda: run(model, tokens))
+    yield figure
+    middle = config.n_layers // 2
+    for step, tool in {
+        "residual_decomposition": lambda: tools.residual_decomposition(out, middle),
+        "residual_movement": lambda: tools.residual_movement(tokens, 0, -1),
+        "feature_attribution": lambda: tools.feature_attribution(tokens, 3),
+        "feature_attribution again": lambda: tools.feature_attribution(tokens, 4),
+    }.items():
+        yield timed(step, tool)[1]
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    for figure in measure(json.loads(sys.argv[1])):
+        print(json.dumps(figure), flush=True)

@@ -1,25 +1,68 @@
-"""How a benchmark tells its figures: a table for people, and a JSON file with the versions."""
+"""How figures are told: a JSON line each as they come, and tables at the end."""
 
 import importlib.metadata
 import json
+import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+Figure = dict[str, Any]
+PACKAGES = ("arrakis_jax", "jax", "jaxlib", "flax", "numpy", "transformers")
 
-def report(title: str, rows: list[dict[str, Any]], json_file: Path | None) -> None:
-    """Prints the rows, and writes them with what they were measured on."""
-    table = Table(*rows[0], title=title)
-    for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console().print(table)
-    if json_file is not None:
-        import jax
 
-        about = {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy")}
-        about |= {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
-        content = {"benchmark": title, "versions": about, "rows": rows}
-        json_file.write_text(json.dumps(content, indent=1) + "\n")
+def measured_on() -> Figure:
+    """Versions, device, and how many cores it has."""
+    import jax
+
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "devices": len(jax.devices()),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+    }
+
+
+class Report:
+    """Prints figures, one JSON line each, and keeps them for the tables."""
+
+    def __init__(self, out: Path | None):
+        self.figures: dict[str, list[Figure]] = {}
+        self.columns: dict[str, tuple[str, ...]] = {}
+        self.file = None if out is None else out.open("w")
+
+    def add(
+        self, benchmark: str, figures: Iterable[Figure], columns: tuple[str, ...] = ()
+    ) -> None:
+        """All of a benchmark; its table has these columns alone, if there are any."""
+        self.columns[benchmark] = columns
+        for figure in figures:
+            line = json.dumps({"benchmark": benchmark, **figure})
+            print(line, flush=True)
+            if self.file is not None:
+                print(line, file=self.file, flush=True)
+            self.figures.setdefault(benchmark, []).append(figure)
+
+    def tables(self) -> None:
+        """One for each benchmark; a column for every name that a figure has."""
+        console = Console()
+        console.width = max(console.width, 120)
+        for benchmark, figures in self.figures.items():
+            names = self.columns[benchmark] or list(dict.fromkeys(n for f in figures for n in f))
+            table = Table(*(name.replace("_", " ") for name in names), title=benchmark)
+            for figure in figures:
+                row = [told(figure.get(name)) for name in names]
+                if any(row):
+                    table.add_row(*row)
+            console.print(table)
+
+
+def told(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

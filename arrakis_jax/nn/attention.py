@@ -62,6 +62,9 @@ class Attention(nnx.Module):
         q_BTHK = site("q", q_BTHK)
         k_BSGK = site("k", k_BTGK)
         v_BSGK = site("v", v_BTGK)
+        if where.before is not None:
+            pairs = zip(where.before, (k_BSGK, v_BSGK), strict=True)
+            k_BSGK, v_BSGK = (jnp.concatenate(pair, 1) for pair in pairs)
 
         scores_BGRTS = self.scores(q_BTHK, k_BSGK, where, layer)
         pattern_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1)
@@ -71,9 +74,10 @@ class Attention(nnx.Module):
         pattern_BHTS = site("pattern", pattern_BHTS, axis=2)
 
         pattern_BGRTS = rearrange(pattern_BHTS, "B (G R) T S -> B G R T S", G=cfg.n_kv_heads)
-        z_BTGRK = product("BGRTS,BSGK->BTGRK", pattern_BGRTS, v_BSGK, config=cfg)
+        # Both products with the heads as batch axes in front: of other orders XLA copies on a CPU.
+        z_BGRTK = product("BGRTS,BSGK->BGRTK", pattern_BGRTS, v_BSGK, config=cfg)
         # In the operands' dtype, so that the heads' terms are those that the product below sums.
-        z_BTHK = rearrange(z_BTGRK, "B T G R K -> B T (G R) K").astype(cfg.operands)
+        z_BTHK = rearrange(z_BGRTK, "B G R T K -> B T (G R) K").astype(cfg.operands)
         z_BTHK = site("z", z_BTHK)
         return affine("BTHK,HKD->BTD", z_BTHK, self.w_o, self.b_o, cfg)
 
@@ -83,8 +87,8 @@ class Attention(nnx.Module):
         The least finite number at keys that may not be read.
         """
         cfg, scale = self.config, self._scale(layer)
-        q_BTGRK = rearrange(q_BTHK, "B T (G R) K -> B T G R K", G=cfg.n_kv_heads)
-        scores_BGRTS = product("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, config=cfg)
+        q_BGRTK = rearrange(q_BTHK, "B T (G R) K -> B G R T K", G=cfg.n_kv_heads)
+        scores_BGRTS = product("BGRTK,BSGK->BGRTS", q_BGRTK, k_BSGK, config=cfg)
         bias = where.bias
         if bias is not None:
             bias = rearrange(bias, "B (G R) S -> B G R 1 S", G=cfg.n_kv_heads)

@@ -334,18 +334,24 @@ class Transformer(nnx.Module):
         *,
         mask: Array | None = None,
         edits: Edits = (),
+        before: tuple[Array, Array] | None = None,
     ) -> Float[Array, "B T D"]:
-        """The stream after the last block, from that entering block `start`; as in `resume`."""
+        """The stream after the last block, from that entering block `start`; as in `resume`.
+
+        With `before`, `x_BTD` are the last columns only: the keys and values `[L,B,N,G,K]` of the N
+        columns before them are given, and `mask` is `[B,N+T]`.
+        """
         n_layers = self.config.n_layers
-        places = Places.of(x_BTD.shape[:2], mask)
-        site = self._sites(places, Capture(()), edits)
+        n_before = 0 if before is None else before[0].shape[2]
+        places = Places.of((x_BTD.shape[0], n_before + x_BTD.shape[1]), mask)
+        site = self._sites(places.after(n_before), Capture(()), edits)
         x_BTD = x_BTD.astype(self.config.stream)
         if isinstance(start, int):
             begin = start + n_layers if start < 0 else start
         else:
             begin = jnp.where(start < 0, start + n_layers, start)
         for i, (blocks, layers) in enumerate(self.parts()):
-            body = self._body(self._in_segment(site, i, layers), places)
+            body = self._body(self._in_segment(site, i, layers), places, before)
             first, last = layers.start, layers.stop
             if isinstance(begin, int):
                 rest = slice(max(begin - first, 0), None)
@@ -409,9 +415,12 @@ class Transformer(nnx.Module):
         ]
         return replace(site, edits=tuple(edit for edit in own if edit is not None))
 
-    def _body(self, site: Sites, places: Places) -> Callable:
+    def _body(
+        self, site: Sites, places: Places, before: tuple[Array, Array] | None = None
+    ) -> Callable:
         """One layer as a scan's body: `(x, (block, taps, layer)) -> (x, records)`."""
         positions = Positions.of(self.config, places)
+        positions = positions if before is None else positions.after(before)
 
         def body(x_BTD: Array, xs: tuple) -> tuple[Array, dict[str, Array]]:
             block, taps, layer = xs

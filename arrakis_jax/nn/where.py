@@ -1,7 +1,7 @@
 """What positions decide in attention: rotations, which keys are read, and ALiBi's biases."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,13 @@ class Where:
         rotation: cosines and sines `[B,T,K/2]`, or None without RoPE.
         allowed: `[B,T,S]` (or `[1,T,S]`), which keys each query may read.
         bias: `[B,H,S]`, ALiBi's bias on scores, or None.
+        before: keys and values `[B,N,G,K]` of N tokens before these; S is then N + T.
     """
 
     rotation: tuple[Array, Array] | None
     allowed: Bool[Array, "B T S"]
     bias: Float[Array, "B H S"] | None
+    before: tuple[Array, Array] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Positions:
         reaches: the kinds of `allowed`.
         windows: the kind of each layer.
         bias: ALiBi's bias.
+        before: keys and values `[L,B,N,G,K]` of the tokens before these.
     """
 
     rotations: list[tuple[Array, Array]] | None
@@ -45,6 +48,7 @@ class Positions:
     reaches: list[Array]
     windows: np.ndarray
     bias: Array | None
+    before: tuple[Array, Array] | None = None
 
     @classmethod
     def of(cls, config: ModelConfig, places: Places) -> "Positions":
@@ -62,10 +66,17 @@ class Positions:
             bias=alibi(config, places.position) if config.positions == "alibi" else None,
         )
 
+    def after(self, before: tuple[Array, Array]) -> "Positions":
+        """The same of the tokens after those whose keys and values these are."""
+        n = before[0].shape[2]
+        rotations, reaches = jax.tree.map(lambda x: x[:, n:], (self.rotations, self.reaches))
+        return replace(self, rotations=rotations, reaches=reaches, before=before)
+
     def at(self, layer: Int[Array, ""]) -> Where:
         """What this layer needs."""
         turn = None if self.rotations is None else _pick(self.rotations, self.turns, layer)
-        return Where(turn, _pick(self.reaches, self.windows, layer), self.bias)
+        before = jax.tree.map(lambda x: x[layer], self.before)
+        return Where(turn, _pick(self.reaches, self.windows, layer), self.bias, before)
 
 
 def _per_layer(config: ModelConfig, given: tuple[bool, ...] | None, default: bool) -> np.ndarray:

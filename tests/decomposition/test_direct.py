@@ -50,7 +50,8 @@ def test_terms_sum_to_every_stream_point(variant, by):
         return
     tokens, mask, _ = batch()
     out = run(m, tokens, mask=mask, capture="all")
-    for at, x in points(out.residuals, m.config.n_layers):
+    every = list(points(out.residuals, m.config.n_layers))
+    for at, x in every if variant in ("llama", "mixed") else every[::4]:
         parts = decompose(m, out, at=at, by=by)
         assert parts.terms.shape == (len(parts.labels), *x.shape)
         assert relative(parts.terms, x) < 1e-6, at

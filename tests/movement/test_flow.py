@@ -11,9 +11,10 @@ from arrakis_jax import NotCapturedError, logit_attribution, run
 from arrakis_jax.layers import Read
 from arrakis_jax.movement import contributions
 from arrakis_jax.movement.flow import METHODS, TO_LOGITS, information_flow
+from benchmarks.cost import flops
 from tests.models import batch, close, compilations, model
 from tests.movement.brute import alone, brought, logits, nearness, own_rows, raw
-from tests.test_engineering import flops, gpt2_small
+from tests.test_engineering import gpt2_small
 
 PLAIN = tuple(name for name in METHODS if name not in TO_LOGITS)
 TARGETS, AGAINST = np.array([3, 30, 0, 7, 7]), np.array([4, 2, 9, 1, 30])

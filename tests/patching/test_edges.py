@@ -13,8 +13,9 @@ from arrakis_jax.checks import checked_tokens
 from arrakis_jax.patching.edges import edge_attribution
 from arrakis_jax.patching.graph import WRITTEN, Graph, Node, writer_changes
 from arrakis_jax.targets import checked_target
+from benchmarks.cost import flops
 from tests.models import batch, close, compilations, model
-from tests.test_engineering import flops, gpt2_small
+from tests.test_engineering import gpt2_small
 
 TARGET = Logit(3, against=4)
 LENGTHS = (5, 3)

@@ -14,8 +14,9 @@ from arrakis_jax.patching.pairs import SITES
 from arrakis_jax.patching.sweep import site_axis
 from arrakis_jax.places import Places
 from arrakis_jax.residuals import UNSTACKED, lacking
+from benchmarks.cost import flops
 from tests.models import batch, close, compilations, model
-from tests.test_engineering import flops, gpt2_small
+from tests.test_engineering import gpt2_small
 
 TARGET = Logit(3, against=4)
 # Experts in some layers with norms of what is written; parallel blocks; norms of the stream.

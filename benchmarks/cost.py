@@ -1,0 +1,116 @@
+"""What a function costs, as JAX tells it: products, temporary memory, compile time; and a clock."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+
+def dots(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
+    """Every dot_general in a jaxpr, with how often it is run; a `while` loop's body counts once."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn, times
+        inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
+        for value in jax.tree.leaves(
+            tuple(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
+        ):
+            value = getattr(value, "jaxpr", value)
+            if hasattr(value, "eqns"):
+                yield from dots(value, inner)
+
+
+def flops_of(jaxpr: Any) -> int:
+    """The floating-point operations of all products in a jaxpr."""
+    total = 0
+    for eqn, times in dots(jaxpr):
+        left = eqn.invars[0].aval.shape
+        contracted = math.prod(left[i] for i in eqn.params["dimension_numbers"][0][0])
+        total += 2 * times * contracted * math.prod(eqn.outvars[0].aval.shape)
+    return total
+
+
+def flops(function: Callable, *args: Any) -> int:
+    """The floating-point operations of all products of a function; arguments may be shapes."""
+    return flops_of(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def temporary(function: Callable, *args: Any) -> int:
+    """Bytes of temporary memory of a compiled function; arguments may be shapes."""
+    return jax.jit(function).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled function.
+
+    Attributes:
+        call: runs it.
+        seconds: that tracing and compiling it took.
+        flops: of all its products.
+        temporary: bytes of temporary memory.
+    """
+
+    call: Callable
+    seconds: float
+    flops: int
+    temporary: int
+
+
+def cold(function: Callable, *args: Any) -> Program:
+    """The function compiled with all of JAX's caches empty; arguments may be shapes."""
+    cached = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.clear_caches()
+    began = time.perf_counter()
+    traced = jax.jit(function).trace(*args)
+    compiled = traced.lower().compile()
+    seconds = time.perf_counter() - began
+    jax.config.update("jax_enable_compilation_cache", cached)
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    return Program(compiled, seconds, flops_of(traced.jaxpr.jaxpr), memory)
+
+
+@contextmanager
+def persistent_cache(folder: str) -> Iterator[None]:
+    """JAX keeps compiled programs, however small, in this folder, and finds them again."""
+    options = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # so that the folder is looked at
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def clocked(function: Callable, *args: Any) -> float:
+    """Seconds of a call, until its result is there."""
+    began = time.perf_counter()
+    jax.block_until_ready(function(*args))
+    return time.perf_counter() - began
+
+
+def medians(repeats: int, calls: dict[Any, Callable[[], float]]) -> dict[Any, float]:
+    """The median of what each call returns; in turns, so that all meet the same disturbances.
+
+    The first time that each is called does not count.
+    """
+    found: dict[Any, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            found[name].append(call())
+    return {name: statistics.median(values[1:]) for name, values in found.items()}

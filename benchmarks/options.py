@@ -1,0 +1,25 @@
+"""What a run of the benchmarks can be told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Attributes:
+    device: "cpu", "gpu" or "tpu"; peers run on the same one.
+    repeats: how often a job is timed; the median counts.
+    quick: shapes so small that every benchmark only shows that it runs.
+    models: names of `workloads.WORKLOADS`.
+    peers: the peers' virtual environment, as `peers/setup.sh` makes it.
+    work: a folder for checkpoints that are made for the benchmarks.
+    """
+
+    device: str = "cpu"
+    repeats: int = 5
+    quick: bool = False
+    models: tuple[str, ...] = ("gpt2",)
+    peers: Path = ROOT / ".venv-peers"
+    work: Path = ROOT / ".benchmarks"
