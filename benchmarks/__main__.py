@@ -9,6 +9,7 @@ import typer
 
 from benchmarks.options import Options
 from benchmarks.report import Report, measured_on
+from benchmarks.workloads import WORKLOADS
 
 NAMES = (
     "against_peers", "limit", "scaling", "devices", "first_result", "compile_time", "import_time",
@@ -34,12 +35,16 @@ def main(
         raise typer.BadParameter(f"no benchmark {unknown}; there are {', '.join(NAMES)}")
     if device not in DEVICES:
         raise typer.BadParameter(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
+    chosen_models = tuple(model or (("tiny",) if quick else Options.models))
+    unknown = sorted(set(chosen_models) - set(WORKLOADS))
+    if unknown:
+        raise typer.BadParameter(f"no model {unknown}; there are {', '.join(WORKLOADS)}")
     os.environ["JAX_PLATFORMS"] = DEVICES[device]
     options = Options(
         device=device,
         repeats=repeats,
         quick=quick,
-        models=tuple(model or (("tiny",) if quick else Options.models)),
+        models=chosen_models,
         peers=peers,
         work=work,
     )

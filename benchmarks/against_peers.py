@@ -43,7 +43,8 @@ class Side:
             stderr=subprocess.PIPE, text=True, bufsize=1,
         )  # fmt: skip
         self.said: list[str] = []
-        threading.Thread(target=self._listen, daemon=True).start()
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
 
     def _listen(self) -> None:
         for line in self.process.stderr or ():
@@ -93,7 +94,9 @@ class Side:
 
     def __exit__(self, *_: Any) -> None:
         self.process.kill()
-        self.process.wait()
+        self.listener.join()
+        with self.process:  # closes its pipes
+            pass
 
 
 def figures(options: Options) -> Iterator[dict[str, Any]]:

@@ -81,10 +81,12 @@ def shape_of(job: str, state: State) -> tuple[int, int]:
     """The tokens of one pass of a job, `[B,T]`."""
     if job == "integrated gradients":
         b, t = state.integral.shape
-        return 8 * b, t  # in steps of eight
-    if job in ("exact patching", "edge attribution patching"):
+        return 16 * b, t  # at once
+    if job == "exact patching":
         b, t = state.sweep[0].shape
-        return (16 * b if job == "exact patching" else b), t
+        return 16 * b, t
+    if job == "edge attribution patching":
+        return state.edges[0].shape
     return state.tokens.shape
 
 

@@ -43,6 +43,7 @@ class State:
     corrupt: jax.Array
     integral: jax.Array
     sweep: tuple[jax.Array, jax.Array]
+    edges: tuple[jax.Array, jax.Array]
 
 
 def state_of(model: Transformer, workload: Workload) -> State:
@@ -59,6 +60,7 @@ def state_of(model: Transformer, workload: Workload) -> State:
         jnp.asarray(tokens(workload.batch, 1)),
         jnp.asarray(tokens(workload.integral)),
         (jnp.asarray(tokens(workload.sweep)), jnp.asarray(tokens(workload.sweep, 1))),
+        (jnp.asarray(tokens(workload.edges)), jnp.asarray(tokens(workload.edges, 1))),
     )
     jax.block_until_ready(vars(state))
     return state
@@ -142,7 +144,7 @@ JOBS = {
     "integrated gradients": job(
         lambda s: feature_attribution(
             s.model, s.integral, TARGET, against=AGAINST, method="integrated_gradients",
-            baseline=0, rule="gauss_legendre", steps=STEPS, step_batch=8,
+            baseline=0, rule="gauss_legendre", steps=STEPS, step_batch=16,
         ),
         tokens=lambda found: found.tokens,
     ),
@@ -155,7 +157,7 @@ JOBS = {
         mlp_out=lambda found: found.effects["mlp_out"].mean(-1),
     ),
     "edge attribution patching": job(
-        lambda s: edge_attribution(s.model, *s.sweep, GOAL, base=BASE),
+        lambda s: edge_attribution(s.model, *s.edges, GOAL, base=BASE),
         effects=lambda found: found.effects.mean(-1),
     ),
     "exact patching": job(

@@ -36,9 +36,7 @@ class Report:
         self.columns: dict[str, tuple[str, ...]] = {}
         self.file = None if out is None else out.open("w")
 
-    def add(
-        self, benchmark: str, figures: Iterable[Figure], columns: tuple[str, ...] = ()
-    ) -> None:
+    def add(self, benchmark: str, figures: Iterable[Figure], columns: tuple[str, ...] = ()) -> None:
         """All of a benchmark; its table has these columns alone, if there are any."""
         self.columns[benchmark] = columns
         for figure in figures:

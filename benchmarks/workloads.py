@@ -20,6 +20,8 @@ class Workload:
         batch: of a plain forward, an attribution, and of pairs.
         integral: of integrated gradients.
         sweep: of exact patching, layers x positions.
+        edges: of edge attribution patching, of which a peer makes a Python object for each edge
+            and position.
     """
 
     family: str
@@ -28,6 +30,7 @@ class Workload:
     batch: tuple[int, int] = (8, 128)
     integral: tuple[int, int] = (2, 32)
     sweep: tuple[int, int] = (1, 32)
+    edges: tuple[int, int] = (1, 8)
 
 
 SMALL = dict(batch=(2, 8), integral=(1, 4), sweep=(1, 4))

@@ -7,7 +7,7 @@ from flax import nnx
 
 from arrakis_jax.axes import Array, Int, over
 from arrakis_jax.config import ModelConfig
-from arrakis_jax.nn.linear import affine, constant, product, softcap, weight, writers
+from arrakis_jax.nn.linear import affine, constant, flat_affine, product, softcap, weight, writers
 from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.rotary import rotate
 from arrakis_jax.nn.site import Sites
@@ -79,7 +79,7 @@ class Attention(nnx.Module):
         # In the operands' dtype, so that the heads' terms are those that the product below sums.
         z_BTHK = rearrange(z_BGRTK, "B G R T K -> B T (G R) K").astype(cfg.operands)
         z_BTHK = site("z", z_BTHK)
-        return affine("BTHK,HKD->BTD", z_BTHK, self.w_o, self.b_o, cfg)
+        return flat_affine(z_BTHK, self.w_o, self.b_o, cfg, n_in=2)
 
     def scores(self, q_BTHK: Array, k_BSGK: Array, where: Where, layer: Int[Array, ""]) -> Array:
         """What softmax turns into attention, `[B,G,R,T,S]`; with sinks `[B,G,R,T,S+1]`.
@@ -112,7 +112,9 @@ class Attention(nnx.Module):
 
 def _projected(x: Array, w: nnx.Param, b: nnx.Param | None, config: ModelConfig) -> Array:
     """Queries, keys or values, from one input of all heads or from one for each."""
-    return affine("BTD,DHK->BTHK" if x.ndim == 3 else "BTHD,DHK->BTHK", x, w, b, config)
+    if x.ndim == 3:
+        return flat_affine(x, w, b, config)
+    return affine("BTHD,DHK->BTHK", x, w, b, config)
 
 
 def _qk_norm(config: ModelConfig, stack: tuple[int, ...], n_heads: int) -> Norm | None:

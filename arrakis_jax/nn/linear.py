@@ -68,7 +68,22 @@ def product(spec: str, *operands: Array, config: ModelConfig) -> Array:
 
 def affine(spec: str, x: Array, w: nnx.Param, b: nnx.Param | None, config: ModelConfig) -> Array:
     """`x w + b`, or `x w` where the model has no such bias."""
-    y = product(spec, x, w[...], config=config)
+    return _biased(product(spec, x, w[...], config=config), b)
+
+
+def flat_affine(
+    x: Array, w: nnx.Param, b: nnx.Param | None, config: ModelConfig, *, n_in: int = 1
+) -> Array:
+    """`affine` over the last `n_in` axes of x and the first of w, with a matrix in w's place.
+
+    In gradients XLA copies, on a CPU, weights of which it would sum over several axes.
+    """
+    outer, n = x.shape[: x.ndim - n_in], prod(x.shape[x.ndim - n_in :])
+    y = product("...I,IO->...O", x.reshape(*outer, n), w[...].reshape(n, -1), config=config)
+    return _biased(y.reshape(*outer, *w[...].shape[n_in:]), b)
+
+
+def _biased(y: Array, b: nnx.Param | None) -> Array:
     return y if b is None else y + over(b[...].astype(y.dtype), y)
 
 

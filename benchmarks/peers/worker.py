@@ -64,6 +64,7 @@ class State:
         self.following = torch.from_numpy(following).to(self.device)
         self.integral = tokens(workload.integral)
         self.sweep = tokens(workload.sweep), tokens(workload.sweep, 1)
+        self.edges = tokens(workload.edges), tokens(workload.edges, 1)
 
     def hugging_face(self, **options: Any) -> transformers.PreTrainedModel:
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -440,7 +441,7 @@ def edges_told(found: AttributionResult) -> dict[str, Tensor]:
 @job("edge attribution patching", "attribution_patch(granularity='edge')", edges_told)
 def edges(state: State) -> AttributionResult:
     by_edge = EdgeAttributionConfig(granularity="edge")
-    return attribution_patch(state.slopes, *state.sweep, goal, by_edge)
+    return attribution_patch(state.slopes, *state.edges, goal, by_edge)
 
 
 @job(
@@ -461,8 +462,8 @@ def edges_by_hand(state: State) -> Tensor:
     for flag in flags:
         flag(True)
     try:
-        clean = cached(bridge, state.sweep[0], writes, **LAST)
-        corrupt = cache_activation_and_gradient(bridge, state.sweep[1], goal, [*writes, *reads])
+        clean = cached(bridge, state.edges[0], writes, **LAST)
+        corrupt = cache_activation_and_gradient(bridge, state.edges[1], goal, [*writes, *reads])
     finally:
         for flag in flags:
             flag(False)
@@ -472,7 +473,7 @@ def edges_by_hand(state: State) -> Tensor:
 
     changes_BTWD = joined([clean[name] - corrupt.activations[name] for name in writes])
     slopes_BTRD = joined([corrupt.gradients[name] for name in reads])
-    effects_RW = torch.einsum("btrd,btwd->rw", slopes_BTRD, changes_BTWD) / len(state.sweep[0])
+    effects_RW = torch.einsum("btrd,btwd->rw", slopes_BTRD, changes_BTWD) / len(state.edges[0])
     heads = int(bridge.cfg.n_heads)
     # In the order of writing: what is written before a reader reads.
     written = [0, *(2 * i + 1 + mlp for i in layers for mlp in (*[0] * heads, 1))]
