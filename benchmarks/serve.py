@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-
 ENOUGH = 0.2  # seconds that one timing takes at the least
 
 
