@@ -43,8 +43,9 @@ class Factor(Record):
         """Inner products with one direction per position."""
         if self.direction is None:
             return contract("...D,...D->...", self.coefficient, direction)[None]
-        read = contract("mKD,...D->...mK", self.direction, direction)
-        return contract("...mK,...mK->m...", self.coefficient, read)
+        read = contract("...D,mKD->...mK", direction, self.direction)
+        # A sum of products of elements: as a product of B T m vectors it would be slow on a CPU.
+        return jnp.moveaxis(jnp.sum(_wide(self.coefficient) * read, -1), -1, 0)
 
     def norms(self) -> Float[Array, "m B T"]:
         """Euclidean norms."""

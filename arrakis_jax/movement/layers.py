@@ -200,6 +200,9 @@ def _all_pairs(
 ) -> MovementMatrix:
     points, names = stream_points(model, stream)
     kept = kept_places(stream, first)
+    if reduce is None:
+        moved = jax.tree.map(lambda x: jnp.where(kept[None, None], x, 0), _by_tokens(points))
+        return MovementMatrix(**vars(moved), points=names)
     n_kept = kept.sum()
 
     def mean(value: Float[Array, "P B T"]) -> Float[Array, " P"]:
@@ -215,8 +218,6 @@ def _all_pairs(
     def from_point(a: Float[Array, "B T D"]) -> Movement:
         a = jnp.broadcast_to(a, points.shape)
         moved = movement(a, points)
-        if reduce is None:
-            return jax.tree.map(lambda x: jnp.where(kept[None], x, 0), moved)
         reduced = jax.tree.map(median if reduce == "median" else mean, moved)
         if reduce != "ratio_of_means":
             return reduced
@@ -228,3 +229,19 @@ def _all_pairs(
     return MovementMatrix(
         relative_norm=pairs.relative_norm, cosine=pairs.cosine, angle=pairs.angle, points=names
     )
+
+
+def _by_tokens(points: Float[Array, "P B T D"]) -> Movement:
+    """The movement between all pairs, `[P,P,B,T]`, of few positions at a time.
+
+    A cache holds them, and a sharded batch stays where it is.
+    """
+    n_points, b, t, _ = points.shape
+    size = max(n for n in range(1, t + 1) if t % n == 0 and (n == 1 or n * b <= 8))
+
+    def of_positions(start: Array) -> Movement:
+        x = jax.lax.dynamic_slice_in_dim(points, start, size, 2)
+        return movement(x[:, None], x[None])
+
+    found = jax.lax.map(of_positions, jnp.arange(0, t, size))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 3).reshape(n_points, n_points, b, t), found)
