@@ -1,8 +1,8 @@
 """How long does it take from the start of a process to the first result, on GPT-2 small?
 
 A fresh process imports the library, loads a native checkpoint, and computes the logit attribution
-by head of a batch: with an empty compilation cache, with one that an earlier process filled (aim:
-5 seconds), and without one. Medians of processes, each phase apart.
+by head of a prompt, or of a batch: with an empty compilation cache, with one that another process
+filled (aim: 5 seconds), and without one. Medians of processes, each phase apart.
 """
 
 import json
@@ -18,6 +18,7 @@ from benchmarks.fresh import fresh
 from benchmarks.options import Options
 from benchmarks.workloads import AGAINST, TARGET, WORKLOADS, tokens
 
+SHAPES = ((1, 32), (8, 128))
 PROCESSES = 3
 AIM = 5.0
 
@@ -26,19 +27,22 @@ def figures(options: Options) -> Iterator[dict[str, Any]]:
     name = "tiny" if options.quick else "gpt2"
     checkpoint = native(name, options.work.resolve())
 
-    def times(place: str | None) -> dict[str, float]:
-        began = str(time.time())
-        return next(fresh("first_result", name, str(checkpoint), began, env=cache(place)))
+    def times(shape: tuple[int, int], place: str | None) -> dict[str, float]:
+        about = (name, str(checkpoint), json.dumps(shape), str(time.time()))
+        return next(fresh("first_result", *about, env=cache(place)))
 
-    times(None)  # fills the system's cache of files
-    found: dict[str, list[dict[str, float]]] = {}
+    shapes = ((1, 4),) if options.quick else SHAPES
+    times(shapes[0], None)  # fills the system's cache of files
+    found: dict[tuple, list[dict[str, float]]] = {}
     for _ in range(1 if options.quick else PROCESSES):
-        with tempfile.TemporaryDirectory() as folder:
-            for kind, place in (("none", None), ("empty", folder), ("filled", folder)):
-                found.setdefault(kind, []).append(times(place))
-    for kind, processes in found.items():
+        for shape in shapes:
+            with tempfile.TemporaryDirectory() as folder:
+                for kind, place in (("none", None), ("empty", folder), ("filled", folder)):
+                    found.setdefault((shape, kind), []).append(times(shape, place))
+    for (shape, kind), processes in found.items():
         phases = {key: statistics.median(p[key] for p in processes) for key in processes[0]}
-        figure = {"model": name, "compilation_cache": kind, **phases}
+        about = {"model": name, "tokens": "{} x {}".format(*shape), "compilation_cache": kind}
+        figure = {**about, **phases}
         if kind == "filled":
             figure |= {"aim": AIM, "reached": figure["seconds"] <= AIM}
         yield figure
@@ -68,7 +72,7 @@ def native(name: str, work: Path) -> Path:
     return folder
 
 
-def measure(name: str, checkpoint: str, began: float) -> dict[str, float]:
+def measure(name: str, checkpoint: str, shape: str, began: float) -> dict[str, float]:
     """In this process, which was started at `began`."""
     started = time.time()
     import numpy as np
@@ -78,7 +82,7 @@ def measure(name: str, checkpoint: str, began: float) -> dict[str, float]:
     imported = time.time()
     model = from_pretrained(checkpoint)
     loaded = time.time()
-    batch = tokens(WORKLOADS[name].batch, model.config.vocab_size, 0)
+    batch = tokens(json.loads(shape), model.config.vocab_size, 0)
 
     def call() -> None:
         np.asarray(logit_attribution(model, batch, TARGET, against=AGAINST, by="head").terms)
@@ -97,4 +101,4 @@ def measure(name: str, checkpoint: str, began: float) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], sys.argv[2], float(sys.argv[3]))))
+    print(json.dumps(measure(*sys.argv[1:4], float(sys.argv[4]))))

@@ -74,7 +74,8 @@ def logit_lens(
     `logits_p = softcap(m (norm_f(x_p) W_U + b_U))`: the final norm, with its scale taken anew at
     each point, then projection, unembedding, bias, factor and soft-cap as the model has them. The
     logits of the last point are the model's. The vocabulary is gone through in chunks, so that
-    logits of one point, one chunk exist at a time. With targets all chunks before that of the last
+    logits of one point, one chunk exist at a time; without a chunk asked for, those of several
+    points if they are few (`2**24`). With targets all chunks before that of the last
     target are gone through twice: a rank compares logits that come from the same product.
 
     Args:
@@ -125,7 +126,11 @@ def logit_lens(
     width = shape[1] if read_out is None else len(read_out)
     if targets is not None:
         targets = _checked_targets(config, targets, (shape[0], width), check)
-    options = {"k": int(k), "chunk": _chunk(config, shape[0] * width, chunk)}
+    n_places, group = shape[0] * width, None
+    if chunk is None:
+        chunk = _chunk(config, n_places)
+        group = _group(n_places, chunk)
+    options = {"k": int(k), "chunk": int(chunk), "group": group}
     if held is not None:  # columns of what was captured, which must be known
         return _held_lens(model, stream, targets, positions=read_out, **options)
     at = None if chosen is None else np.array(chosen, np.int32)
@@ -143,33 +148,40 @@ def _checked_targets(config: ModelConfig, targets: Any, shape: tuple[int, int], 
     return checked_ids(config, targets, shape[:1] if one_a_row else shape, check=check)
 
 
-def _chunk(config: ModelConfig, n_places: int, chunk: int | None) -> int:
-    """The tokens of a chunk: as asked for, or such that chunks are of nearly one size."""
-    if chunk is not None:
-        return int(chunk)
+def _chunk(config: ModelConfig, n_places: int) -> int:
+    """The tokens of a chunk, such that chunks are of nearly one size."""
     most = max(LOGITS // max(n_places, 1), LEAST)
     n_chunks = -(-config.vocab_size // most)
     return -(-config.vocab_size // n_chunks)
 
 
-@compiled("positions", "k", "chunk")
-def _held_lens(model, stream, targets, *, positions, k, chunk):
-    return lens(model, stream.at(positions), targets, k, chunk)
+def _group(n_places: int, chunk: int) -> int | None:
+    """How many points are read out at once; None for one after another.
+
+    Few places make a product too thin: reading the unembedding takes longer than multiplying.
+    """
+    group = LOGITS // max(n_places * chunk, 1)
+    return group if group > 1 else None
 
 
-@compiled("k", "chunk")
-def _lens(model, stream, targets, at, *, k, chunk):
-    return lens(model, stream if at is None else stream.at(at), targets, k, chunk)
+@compiled("positions", "k", "chunk", "group")
+def _held_lens(model, stream, targets, *, positions, k, chunk, group):
+    return lens(model, stream.at(positions), targets, k, chunk, group)
 
 
-@compiled("k", "chunk")
-def _run_lens(model, tokens, mask, targets, at, *, k, chunk):
+@compiled("k", "chunk", "group")
+def _lens(model, stream, targets, at, *, k, chunk, group):
+    return lens(model, stream if at is None else stream.at(at), targets, k, chunk, group)
+
+
+@compiled("k", "chunk", "group")
+def _run_lens(model, tokens, mask, targets, at, *, k, chunk, group):
     if at is not None:
         at = jnp.broadcast_to(at, (tokens.shape[0], *at.shape))
     stream = model.after_embedding(
         model.embed(tokens, mask=mask), mask=mask, capture=point_capture(model.config), at=at
     ).residuals
-    return lens(model, stream, targets, k, chunk)
+    return lens(model, stream, targets, k, chunk, group)
 
 
 class Found(NamedTuple):
@@ -227,7 +239,12 @@ class Chunk(NamedTuple):
 
 
 def lens(
-    model: Transformer, stream: ResidualStream, targets: Array | None, k: int, chunk: int
+    model: Transformer,
+    stream: ResidualStream,
+    targets: Array | None,
+    k: int,
+    chunk: int,
+    group: int | None,
 ) -> LogitLens:
     """The uncompiled method; one target for each row or for each vector of the stream."""
     config, vocab = model.config, model.config.vocab_size
@@ -239,6 +256,7 @@ def lens(
     if targets is not None:
         wanted = jnp.where(real, targets if targets.ndim == 2 else targets[:, None], 0)
     starts = jnp.arange(0, vocab, chunk, dtype=jnp.int32)
+    group = None if group is None else min(group, len(names))
 
     def all_of(found: Found, start: Array) -> tuple[Found, None]:
         here, final = Chunk.at(start, chunk, vocab), model.unembed(points[-1], start, chunk)
@@ -251,14 +269,14 @@ def lens(
             found = _with_chunk(point[1], logits, here, wanted)
             return found._replace(apart=_apart(found.apart, logits, final, here, before, after))
 
-        return jax.lax.map(of_point, (points, found)), None
+        return jax.lax.map(of_point, (points, found), batch_size=group), None
 
     shape = (len(names), *real.shape)
     found = jax.lax.scan(all_of, Found.none(shape, k, config.acc), starts)[0]
     # A target is met in its chunk: what came before is compared with it now.
     rank = found.larger
     if wanted is not None and len(starts) > 1:
-        rank = rank + _larger_before(model, points, found.logit, wanted, starts[:-1], chunk)
+        rank = rank + _larger_before(model, points, found.logit, wanted, starts[:-1], chunk, group)
     return _result(found, rank, real, names, wanted is not None)
 
 
@@ -313,6 +331,7 @@ def _larger_before(
     wanted: Int[Array, "B T"],
     starts: Int[Array, " n"],
     chunk: int,
+    group: int | None,
 ) -> Int[Array, "P B T"]:
     """How many logits of the chunks before the target's are larger than the target's."""
 
@@ -324,7 +343,7 @@ def _larger_before(
             return jnp.where(later, larger.sum(-1, dtype=jnp.int32), 0)
 
         def count() -> Array:
-            return larger + jax.lax.map(of_point, (points, logit))
+            return larger + jax.lax.map(of_point, (points, logit), batch_size=group)
 
         return jax.lax.cond(later.any(), count, lambda: larger), None
 

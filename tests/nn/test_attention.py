@@ -1,12 +1,16 @@
 """Attention: rotary positions, their scaling, and grouped keys and values, in plain numpy."""
 
+import math
+import re
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from arrakis_jax import RopeScaling, Transformer, run
+from arrakis_jax import RopeScaling, Transformer, residual_gradients, run
 from arrakis_jax.nn import rotary
 from arrakis_jax.nn.rotary import rotate
 from arrakis_jax.nn.where import slopes
@@ -154,3 +158,16 @@ def test_windows_count_real_tokens():
     ]  # fmt: skip
     plain = np.asarray(Places.of((1, 5), None).allowed(2))[0]
     assert (plain == np.tri(5, dtype=bool) & ~np.tri(5, k=-2, dtype=bool)).all()
+
+
+def test_gradients_copy_no_weight_and_few_scores():
+    """On a CPU XLA copies operands whose axes are not as its products want them."""
+    m, tokens = model("llama"), np.arange(14).reshape(2, 7)
+    gradient = jax.jit(lambda m: residual_gradients(m, tokens, 3).resid_pre)
+    program = gradient.lower(m).compile().as_text()
+    shapes = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose)\(", program)
+    copied = Counter(math.prod(map(int, shape.split(","))) for shape in shapes)
+    assert copied  # queries', keys' and values', whose heads stand behind the positions
+    d, h, g, k = 20, 6, 3, 4
+    assert not copied[d * h * k] and not copied[d * g * k]
+    assert copied[2 * h * 7 * 7] <= 2
