@@ -23,6 +23,9 @@ def main(
     out: Annotated[Path | None, typer.Option(help="write the JSON lines to this file, too")] = None,
     device: Annotated[str, typer.Option(help="cpu, gpu or tpu")] = "cpu",
     model: Annotated[list[str] | None, typer.Option(help="gpt2, llama-1b, shipped or tiny")] = None,
+    operands: Annotated[
+        list[str] | None, typer.Option(help="float32 or bfloat16; both by default")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="runs of which the median counts")] = 5,
     quick: Annotated[bool, typer.Option(help="tiny shapes, to see that all of it runs")] = False,
     peers: Annotated[Path, typer.Option(help="peers' virtual environment")] = Options.peers,
@@ -33,6 +36,8 @@ def main(
     unknown = sorted(set(chosen) - set(NAMES))
     if unknown:
         raise typer.BadParameter(f"no benchmark {unknown}; there are {', '.join(NAMES)}")
+    if not set(operands or ()) <= set(Options.operands):
+        raise typer.BadParameter(f"operands must be of {Options.operands}, got {operands}")
     if device not in DEVICES:
         raise typer.BadParameter(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
     chosen_models = tuple(model or (("tiny",) if quick else Options.models))
@@ -45,6 +50,7 @@ def main(
         repeats=repeats,
         quick=quick,
         models=chosen_models,
+        operands=tuple(operands or Options.operands),
         peers=peers,
         work=work,
     )

@@ -126,12 +126,14 @@ def of_model(name: str, python: Path, options: Options) -> Iterator[dict[str, An
         loaded = peer.ask("load", **request, dtype=workload.dtype, precision="highest")
         yield {"model": name, "peers": loaded}
         sides = {}
-        for precision, dtype in (("highest", workload.dtype), ("default", "bfloat16")):
+        for operands in options.operands:
+            rounded = operands == "bfloat16"
+            precision, dtype = ("default", "bfloat16") if rounded else ("highest", workload.dtype)
             side = stack.enter_context(Side(Path(sys.executable), MODULES["ours"]))
             answer = side.ask("load", **request, dtype=dtype, precision=precision)
             if "error" in answer:
                 raise SystemExit(answer["error"])
-            sides["float32" if precision == "highest" else "bfloat16 operands"] = side
+            sides["bfloat16 operands" if rounded else "float32"] = side
         saved = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         found = []
         for job in loaded["jobs"]:

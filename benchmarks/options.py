@@ -13,6 +13,8 @@ class Options:
     repeats: how often a job is timed; the median counts.
     quick: shapes so small that every benchmark only shows that it runs.
     models: names of `workloads.WORKLOADS`.
+    operands: what our products multiply beside the peers': "float32" (the weights as they are),
+        "bfloat16" (rounded, with sums in float32).
     peers: the peers' virtual environment, as `peers/setup.sh` makes it.
     work: a folder for checkpoints that are made for the benchmarks.
     """
@@ -21,5 +23,6 @@ class Options:
     repeats: int = 5
     quick: bool = False
     models: tuple[str, ...] = ("gpt2",)
+    operands: tuple[str, ...] = ("float32", "bfloat16")
     peers: Path = ROOT / ".venv-peers"
     work: Path = ROOT / ".benchmarks"
