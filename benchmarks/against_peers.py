@@ -6,7 +6,6 @@ told. The peers' environment is made by `benchmarks/peers/setup.sh`.
 """
 
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.options import ROOT, Options
+from benchmarks.report import cores
 from benchmarks.workloads import WORKLOADS
 
 MODULES = {"ours": "benchmarks.ours", "peers": "benchmarks.peers.worker"}
@@ -119,11 +119,13 @@ def of_model(name: str, python: Path, options: Options) -> Iterator[dict[str, An
         subprocess.run(made, cwd=ROOT, check=True, stdout=sys.stderr)
     request = {
         "workload": name, "checkpoint": str(folder), "device": options.device,
-        "threads": len(os.sched_getaffinity(0)),
+        "threads": cores(),
     }  # fmt: skip
     with ExitStack() as stack:
         peer = stack.enter_context(Side(python, MODULES["peers"]))
         loaded = peer.ask("load", **request, dtype=workload.dtype, precision="highest")
+        if "error" in loaded:
+            raise SystemExit(f"the peers cannot load {name}: {loaded['error']}")
         yield {"model": name, "peers": loaded}
         sides = {}
         for operands in options.operands:

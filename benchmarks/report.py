@@ -24,8 +24,13 @@ def measured_on() -> Figure:
         "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
         "devices": len(jax.devices()),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "cores": cores(),
     }
+
+
+def cores() -> int | None:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 class Report:

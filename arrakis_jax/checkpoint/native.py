@@ -38,7 +38,7 @@ def save(model: Transformer, path: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = named(model)
     chunks = {name: ocp.SaveArgs(chunk_byte_size=CHUNK) for name in weights}
-    # Weights hardly compress, and are read a third faster as they are.
+    # Weights hardly compress, and are read faster as they are.
     with ocp.PyTreeCheckpointer(use_compression=False) as checkpointer:
         checkpointer.save(folder / NATIVE_WEIGHTS, weights, save_args=chunks)
     # Written last: a folder without it is not a checkpoint.

@@ -201,7 +201,7 @@ def _all_pairs(
     points, names = stream_points(model, stream)
     kept = kept_places(stream, first)
     if reduce is None:
-        moved = jax.tree.map(lambda x: jnp.where(kept[None, None], x, 0), _by_tokens(points))
+        moved = jax.tree.map(lambda x: jnp.where(kept[None, None], x, 0), _by_positions(points))
         return MovementMatrix(**vars(moved), points=names)
     n_kept = kept.sum()
 
@@ -231,7 +231,7 @@ def _all_pairs(
     )
 
 
-def _by_tokens(points: Float[Array, "P B T D"]) -> Movement:
+def _by_positions(points: Float[Array, "P B T D"]) -> Movement:
     """The movement between all pairs, `[P,P,B,T]`, of few positions at a time.
 
     A cache holds them, and a sharded batch stays where it is.
