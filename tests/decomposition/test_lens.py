@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from arrakis_jax import Capture, NotCapturedError, Transformer, config_for, run
+from arrakis_jax.decomposition import lens
 from arrakis_jax.decomposition.lens import logit_lens
 from tests.models import VARIANTS, batch, close, compilations, model
 
@@ -76,6 +77,20 @@ def test_against_numpy(variant, chunk, x64):
             np.testing.assert_allclose(value[mask], expected[name][mask], atol=scale, err_msg=name)
             assert not value[~mask].any(), name
     np.testing.assert_allclose(found.kl[-1], 0, atol=1e-12)
+
+
+@pytest.mark.parametrize("group", [2, 3])
+def test_several_points_at_once_are_one_after_another(group, monkeypatch, x64):
+    """Seven points in groups that leave some over, in four chunks."""
+    m = model("gpt2", dtype="float64")
+    tokens, mask, _ = batch()
+    monkeypatch.setattr(lens, "LOGITS", group * tokens.size * 8)
+    monkeypatch.setattr(lens, "_chunk", lambda *_: 8)
+    assert lens._group(tokens.size, 8) == group
+    found = logit_lens(m, tokens, TARGETS, mask=mask)
+    plain = logit_lens(m, tokens, TARGETS, mask=mask, chunk=8)
+    for name in FIELDS:
+        np.testing.assert_allclose(getattr(found, name), getattr(plain, name), atol=1e-12)
 
 
 def test_the_last_point_is_the_model_itself():
