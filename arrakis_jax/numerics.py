@@ -14,11 +14,15 @@ def contract(spec: str, *operands: Array) -> Array:
 
 def norm(x: Float[Array, "... D"]) -> Float[Array, "..."]:
     """Euclidean norm over the last axis, with gradient zero (not NaN) at zero."""
-    square = jnp.sum(jnp.square(x), -1)
+    return root(jnp.sum(jnp.square(x), -1))
+
+
+def root(square: Array) -> Array:
+    """The square root, with gradient zero (not NaN) at zero."""
     zero = square == 0  # NaN is not, and stays
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
 
 
-def ratio(a: Array, b: Array) -> Array:
+def ratio(a: Array | float, b: Array) -> Array:
     """`a / b`, and 0 where `b` is zero."""
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))

@@ -4,16 +4,19 @@ from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from arrakis_jax.axes import Array, Float, Int
+from arrakis_jax.axes import Array, Float, Int, over
 from arrakis_jax.checks import Mask, Tokens, checked_choice, checked_layer, checked_tokens
 from arrakis_jax.forward import compiled, stream_of
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.numerics import norm, ratio
+from arrakis_jax.numerics import norm, ratio, root
 from arrakis_jax.points import Points, kept_places, over_points, point_capture, stream_points
 from arrakis_jax.residuals import Capture, ModelOutput, Record, ResidualStream
 
 _POSTS = Capture(("resid_pre", "final"))
+BLOCK = 8  # dimensions summed at once
+AT_ONCE = 128  # tokens
 REDUCE = (None, "mean", "median", "ratio_of_means")
 
 
@@ -56,11 +59,15 @@ def movement(a: Float[Array, "... D"], b: Float[Array, "... D"]) -> Movement:
     acc = jnp.promote_types(a.dtype, jnp.float32)
     a, b = a.astype(acc), b.astype(acc)
     u, w = (ratio(x, norm(x)[..., None]) for x in (a, b))
-    apart, together = norm(u - w), norm(u + w)
-    both = (norm(a) != 0) & (norm(b) != 0)
+    return _movement(norm(a), norm(b), norm(b - a), norm(u - w), norm(u + w))
+
+
+def _movement(a: Array, b: Array, moved: Array, apart: Array, together: Array) -> Movement:
+    """The movement from the lengths of a, b, b - a, and their unit vectors' u - w and u + w."""
+    both = (a != 0) & (b != 0)
     angle = 2 * jnp.arctan2(apart, jnp.where(both, together, 1))
     return Movement(
-        relative_norm=ratio(norm(b - a), norm(a)),
+        relative_norm=ratio(moved, a),
         cosine=jnp.where(both, (together**2 - apart**2) / 4, 0),
         angle=jnp.where(both, angle, 0),
     )
@@ -149,10 +156,10 @@ def movement_matrix(
     Args:
         model: the transformer.
         tokens: `[B,T]` token ids, or a captured stream (resid_pre, resid_mid and final).
-        reduce: None, or how the real tokens of the whole batch become one number for each pair,
-            while pairs are gone through: "mean"; "median"; or "ratio_of_means", the relative norm
-            as the mean of `|b - a|` over the mean of `|a|`, where "mean" is the mean of the tokens'
-            ratios (cosine and angle: the mean).
+        reduce: None, or how the real tokens of the whole batch become one number for each pair:
+            "mean"; "median"; or "ratio_of_means", the relative norm as the mean of `|b - a|` over
+            the mean of `|a|`, where "mean" is the mean of the tokens' ratios (cosine and angle: the
+            mean).
         first: False leaves out each row's first real token. The stream there may be a hundred times
             longer than elsewhere, and then rules a mean.
         mask: `[B,T]`, with token ids.
@@ -200,48 +207,73 @@ def _all_pairs(
 ) -> MovementMatrix:
     points, names = stream_points(model, stream)
     kept = kept_places(stream, first)
+    found, moved = _over_positions(points)
     if reduce is None:
-        moved = jax.tree.map(lambda x: jnp.where(kept[None, None], x, 0), _by_positions(points))
-        return MovementMatrix(**vars(moved), points=names)
+        found = jax.tree.map(lambda x: jnp.where(over(kept, x), x, 0), found)
+        return MovementMatrix(**vars(found), points=names)
     n_kept = kept.sum()
 
-    def mean(value: Float[Array, "P B T"]) -> Float[Array, " P"]:
-        return jnp.where(kept[None], value, 0).reshape(len(value), -1).sum(-1) / n_kept
+    def mean(value: Float[Array, "... B T"]) -> Float[Array, "..."]:
+        return jnp.where(over(kept, value), value, 0).sum((-2, -1)) / n_kept
 
-    def median(value: Float[Array, "P B T"]) -> Float[Array, " P"]:
-        last = jnp.where(kept[None], value, jnp.inf).reshape(len(value), -1)
+    def median(value: Float[Array, "... B T"]) -> Float[Array, "..."]:
+        last = jnp.where(over(kept, value), value, jnp.inf).reshape(*value.shape[:-2], -1)
         ordered = jnp.sort(last, -1)
-        middle = (ordered[:, (n_kept - 1) // 2] + ordered[:, n_kept // 2]) / 2
+        middle = (ordered[..., (n_kept - 1) // 2] + ordered[..., n_kept // 2]) / 2
         return jnp.where(jnp.isnan(mean(value)), jnp.nan, middle)
 
-    # One row of pairs at a time: only one array of the points' own size exists beside them.
-    def from_point(a: Float[Array, "B T D"]) -> Movement:
-        a = jnp.broadcast_to(a, points.shape)
-        moved = movement(a, points)
-        reduced = jax.tree.map(median if reduce == "median" else mean, moved)
-        if reduce != "ratio_of_means":
-            return reduced
-        acc = jnp.promote_types(a.dtype, jnp.float32)
-        a, b = a.astype(acc), points.astype(acc)
-        return replace(reduced, relative_norm=ratio(mean(norm(b - a)), mean(norm(a))))
-
-    pairs = jax.lax.map(from_point, points)
-    return MovementMatrix(
-        relative_norm=pairs.relative_norm, cosine=pairs.cosine, angle=pairs.angle, points=names
-    )
+    reduced = jax.tree.map(median if reduce == "median" else mean, found)
+    if reduce == "ratio_of_means":
+        length = mean(norm(points))[:, None]
+        reduced = replace(reduced, relative_norm=ratio(mean(moved), length))
+    return MovementMatrix(**vars(reduced), points=names)
 
 
-def _by_positions(points: Float[Array, "P B T D"]) -> Movement:
-    """The movement between all pairs, `[P,P,B,T]`, of few positions at a time.
+def _over_positions(points: Float[Array, "P B T D"]) -> tuple[Movement, Float[Array, "P P B T"]]:
+    """The movement between all pairs, and `|b - a|`, of few positions at a time.
 
-    A cache holds them, and a sharded batch stays where it is.
+    On CPUs of as few as a cache holds. A sharded batch stays where it is.
     """
-    n_points, b, t, _ = points.shape
-    size = max(n for n in range(1, t + 1) if t % n == 0 and (n == 1 or n * b <= 8))
+    _, b, t, _ = points.shape
+    size = min(t, max(1, AT_ONCE // b)) if jax.default_backend() == "cpu" else t
+    starts = np.minimum(np.arange(0, t, size), t - size)
 
-    def of_positions(start: Array) -> Movement:
+    def of_positions(start: Int[Array, ""]) -> tuple[Movement, Array]:
         x = jax.lax.dynamic_slice_in_dim(points, start, size, 2)
-        return movement(x[:, None], x[None])
+        found = _pairs(x.reshape(len(x), -1, x.shape[-1]))
+        return jax.tree.map(lambda y: y.reshape(*y.shape[:2], b, size), found)
 
-    found = jax.lax.map(of_positions, jnp.arange(0, t, size))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 3).reshape(n_points, n_points, b, t), found)
+    found = jax.lax.map(of_positions, jnp.asarray(starts))
+    part = np.arange(t) // size
+    place = np.arange(t) - starts[part]  # the last part may begin in the one before
+    return jax.tree.map(lambda x: jnp.moveaxis(x[part, ..., place], 0, -1), found)
+
+
+def _pairs(x_PND: Float[Array, "P N D"]) -> tuple[Movement, Float[Array, "P P N"]]:
+    """The movement between all pairs, and `|b - a|`.
+
+    Squares are summed over a few dimensions at a time by elementwise sums with positions last: a
+    sum over the last axis is not vectorised on CPUs.
+    """
+    x_PND = x_PND.astype(jnp.promote_types(x_PND.dtype, jnp.float32))
+    length_PN = norm(x_PND)
+    scale_PN = ratio(1, length_PN)
+    p, n, d = x_PND.shape
+    x_DPN = jnp.pad(jnp.transpose(x_PND, (2, 0, 1)), ((0, -d % BLOCK), (0, 0), (0, 0)))
+
+    def squares(a: Array, b: Array) -> Array:
+        terms = [jnp.square(y[None] - x[:, None]) for x, y in zip(a, b, strict=True)]
+        while len(terms) > 1:
+            terms = [x + y for x, y in zip(terms[::2], terms[1::2], strict=True)]
+        return terms[0]
+
+    def add(sums: tuple[Array, ...], x: Float[Array, "K P N"]) -> tuple[tuple, None]:
+        # Of the block, not of each pair again.
+        x, u = jax.lax.optimization_barrier((x, x * scale_PN[None]))
+        found = squares(x, x), squares(u, u), squares(u, -u)
+        return tuple(a + b for a, b in zip(sums, found, strict=True)), None
+
+    zero = jnp.zeros((p, p, n), x_PND.dtype)
+    sums, _ = jax.lax.scan(add, (zero,) * 3, x_DPN.reshape(-1, BLOCK, p, n))
+    moved, apart, together = (root(x) for x in sums)
+    return _movement(length_PN[:, None], length_PN[None], moved, apart, together), moved

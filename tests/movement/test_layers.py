@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from arrakis_jax import Capture, NotCapturedError, movement_matrix, residual_movement, run
+from arrakis_jax.movement import layers
 from arrakis_jax.movement.layers import movement
 from arrakis_jax.points import point_fields
+from benchmarks.cost import temporary
 from tests.models import VARIANTS, batch, close, compilations, model
 
 
@@ -209,14 +211,26 @@ def test_reduced_from_a_stream_at_some_positions():
     close(found.angle, values[..., ~single].mean(-1), 1e-4)
 
 
-def test_pairs_of_all_tokens_never_exist_when_reduced():
-    m, tokens = model("llama", n_layers=8), jnp.zeros((4, 9), int)
-    p = 17
-    for reduce in ("mean", "median", "ratio_of_means"):
-        call = lambda t, reduce=reduce: movement_matrix(m, t, reduce=reduce)  # noqa: E731
-        shapes = str(jax.make_jaxpr(call)(tokens))
-        assert f"[{p},{p},4,9" not in shapes and f"[{p},{p}]" in shapes
-    assert f"[{p},{p},4,9" in str(jax.make_jaxpr(lambda t: movement_matrix(m, t))(tokens))
+@pytest.mark.parametrize("d_model, length", [(12, 9), (16, 127), (8, 130)])
+def test_parts_of_dimensions_and_positions(d_model, length, x64, monkeypatch):
+    """Neither need be a multiple of what is done at once."""
+    monkeypatch.setattr(layers, "AT_ONCE", 64)
+    points = jax.random.normal(jax.random.key(0), (5, 2, length, d_model), jnp.float64)
+    found, moved = jax.jit(layers._over_positions)(points)
+    expected = layers.movement(points[:, None], points[None])
+    for name in ("relative_norm", "cosine", "angle"):
+        close(getattr(found, name), getattr(expected, name), 1e-7)
+    close(moved, np.linalg.norm(points[:, None] - points[None], axis=-1), 1e-12)
+
+
+def test_pairs_take_less_memory_than_the_points():
+    """Reduced or not: no array of vectors of all pairs exists, nor of those of one point."""
+    m, tokens = model("llama", n_layers=4, d_model=256), jnp.zeros((4, 128), int)
+    size = 9 * tokens.size * 256 * 4
+    forward = temporary(lambda t: run(m, t, capture=point_fields(m.config)), tokens)
+    for reduce in (None, "mean", "median", "ratio_of_means"):
+        taken = temporary(lambda t, how=reduce: movement_matrix(m, t, reduce=how), tokens)
+        assert taken < forward + 3.2 * size, reduce
 
 
 def test_reduced_nan_stays_nan_and_bad_reducers():
