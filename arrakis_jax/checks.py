@@ -261,13 +261,13 @@ def checked_choice(name: str, value: Any, choices: tuple) -> None:
         raise ValueError(expected(name, f"one of {choices}", repr(value), "choose one of them"))
 
 
-def _int32(value: Any, shape: tuple[int, ...] | None = None) -> Array:
-    """The values as int32, broadcast; numpy's by numpy, without a program of their own."""
+def _int32(value: Any, shape: tuple[int, ...] | None = None) -> Any:
+    """The values as int32, broadcast; numpy's stay numpy's, which jit takes with the call."""
     if isinstance(value, jax.Array):
-        value = value.astype(jnp.int32)
-        return value if shape is None else jnp.broadcast_to(value, shape)
+        value = value if value.dtype == jnp.int32 else value.astype(jnp.int32)
+        return value if shape in (None, value.shape) else jnp.broadcast_to(value, shape)
     value = value.astype(np.int32)
-    return jnp.asarray(value if shape is None else np.broadcast_to(value, shape))
+    return value if shape is None else np.broadcast_to(value, shape)
 
 
 def _array(name: str, value: Any, what: str) -> Any:
