@@ -23,6 +23,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="write the JSON lines to this file, too")] = None,
     device: Annotated[str, typer.Option(help="cpu, gpu or tpu")] = "cpu",
     model: Annotated[list[str] | None, typer.Option(help="gpt2, llama-1b, shipped or tiny")] = None,
+    job: Annotated[list[str] | None, typer.Option(help="of `ours`; all by default")] = None,
     operands: Annotated[
         list[str] | None, typer.Option(help="float32 or bfloat16; both by default")
     ] = None,
@@ -45,11 +46,18 @@ def main(
     if unknown:
         raise typer.BadParameter(f"no model {unknown}; there are {', '.join(WORKLOADS)}")
     os.environ["JAX_PLATFORMS"] = DEVICES[device]
+    if job:
+        from benchmarks.ours import JOBS  # imports JAX, which reads the device
+
+        unknown = sorted(set(job) - set(JOBS))
+        if unknown:
+            raise typer.BadParameter(f"no job {unknown}; there are {'; '.join(JOBS)}")
     options = Options(
         device=device,
         repeats=repeats,
         quick=quick,
         models=chosen_models,
+        jobs=tuple(job or ()),
         operands=tuple(operands or Options.operands),
         peers=peers,
         work=work,

@@ -139,6 +139,8 @@ def of_model(name: str, python: Path, options: Options) -> Iterator[dict[str, An
         saved = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         found = []
         for job in loaded["jobs"]:
+            if options.jobs and plain(job) not in options.jobs:
+                continue
             for figure in of_job(job, peer, sides, saved, options, workload.dtype):
                 found.append(figure)
                 yield {"model": name, **figure}

@@ -23,8 +23,8 @@ from benchmarks.ours import JOBS, State, state_of
 from benchmarks.workloads import WORKLOADS
 
 BACKWARD = (
-    "gradient, every site", "gradient x input", "integrated gradients", "attribution patching",
-    "edge attribution patching",
+    "gradient, every layer", "gradient, every site", "gradient x input", "integrated gradients",
+    "attribution patching", "edge attribution patching",
 )  # fmt: skip
 COLUMNS = (
     "job", "seconds", "gflop_per_second", "share_of_gemm", "temporary_mb", "least_mb",
@@ -41,7 +41,7 @@ def figures(options: Options) -> Iterator[dict[str, Any]]:
             config = config_for(workload.family, dtype=workload.dtype, **workload.shape)
             model = Transformer(config, rngs=nnx.Rngs(0))
         state = state_of(model, workload)
-        for job in JOBS:
+        for job in options.jobs or JOBS:
             yield {"model": name, "job": job, **of_job(job, state, options.repeats)}
 
 

@@ -13,6 +13,7 @@ class Options:
     repeats: how often a job is timed; the median counts.
     quick: shapes so small that every benchmark only shows that it runs.
     models: names of `workloads.WORKLOADS`.
+    jobs: of the jobs of `ours`, those to do; all if none is named.
     operands: what our products multiply beside the peers': "float32" (the weights as they are),
         "bfloat16" (rounded, with sums in float32).
     peers: the peers' virtual environment, as `peers/setup.sh` makes it.
@@ -23,6 +24,7 @@ class Options:
     repeats: int = 5
     quick: bool = False
     models: tuple[str, ...] = ("gpt2",)
+    jobs: tuple[str, ...] = ()
     operands: tuple[str, ...] = ("float32", "bfloat16")
     peers: Path = ROOT / ".venv-peers"
     work: Path = ROOT / ".benchmarks"

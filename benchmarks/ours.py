@@ -130,6 +130,12 @@ JOBS = {
         relative_norm=lambda found: found.relative_norm,
         cosine=lambda found: found.cosine,
     ),
+    "gradient, every layer": job(
+        lambda s: residual_gradients(
+            s.model, s.tokens, TARGET, against=AGAINST, capture=("resid_pre",)
+        ),
+        resid_pre=lambda found: found.resid_pre,
+    ),
     "gradient, every site": job(
         lambda s: residual_gradients(
             s.model, s.tokens, TARGET, against=AGAINST, capture=("resid_pre", "resid_mid")

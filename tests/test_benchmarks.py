@@ -57,6 +57,7 @@ def test_figures_are_json_lines_and_a_table(tmp_path):
         (("compile_tme",), "no benchmark"),
         (("limit", "--device", "npu"), "must be one of"),
         (("limit", "--model", "gpt5"), "no model"),
+        (("limit", "--job", "forwards"), "no job"),
         (("against_peers", "--peers", "nowhere"), "setup.sh"),
     ],
 )

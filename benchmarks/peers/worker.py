@@ -1,10 +1,11 @@
 """The peers' side of a comparison: the jobs by TransformerLens, captum and nnsight.
 
 Every job is what a user writes who knows the library: its own function where it has one, only what
-is needed cached, no gradients where none are needed. A variant, named in parentheses, is not the
-library's own: "(by hand)" does in a batch what its function does pair by pair or cell by cell, and
-"(logits_to_keep)" is an argument of Hugging Face's forward beneath it, which TransformerLens does
-not tell of, for the logits of the last position alone.
+is needed cached, no gradients where none are needed. A variant is named in parentheses: "(by hand)"
+does without the library's function what it does pair by pair, cell by cell or with more than is
+needed; "(backward hooks)" is the way of its demos; "(logits_to_keep)" is an argument of Hugging
+Face's forward beneath it, which TransformerLens does not tell of, for the logits of the last
+position alone.
 """
 
 import importlib.metadata
@@ -296,6 +297,32 @@ def movement(state: State) -> dict[str, Tensor]:
             "cosine": unit_BTPD @ unit_BTPD.mT,
         }
         return {name: x.permute(2, 3, 0, 1) for name, x in found.items()}
+
+
+def layers_told(found: list[Tensor]) -> dict[str, Tensor]:
+    return {"resid_pre": torch.stack(found)}
+
+
+# At resid_mid these hooks tell what comes back through the MLP alone: half of the gradient there.
+@job("gradient, every layer", "cache_activation_and_gradient", layers_told)
+def layer_gradients(state: State) -> list[Tensor]:
+    names = points(state.raw)[:-1:2]
+    found = cache_activation_and_gradient(state.slopes, state.tokens, goal, names)
+    return [found.gradients[name] for name in names]
+
+
+@job("gradient, every layer (backward hooks)", "hooks(bwd_hooks), backward()", layers_told)
+def layer_gradients_by_hooks(state: State) -> list[Tensor]:
+    """The way of its demos: gradients of weights are taken, too."""
+    bridge, found = state.slopes, []
+
+    def keep(gradient: Tensor, hook: Any) -> None:
+        found.insert(0, gradient.detach())
+
+    with bridge.hooks(bwd_hooks=[(name, keep) for name in points(bridge)[:-1:2]]):
+        goal(bridge(state.tokens)).backward()
+    bridge.zero_grad(set_to_none=True)
+    return found
 
 
 def gradients_told(found: list[Tensor]) -> dict[str, Tensor]:
