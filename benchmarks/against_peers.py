@@ -2,7 +2,9 @@
 
 Both sides are processes on the same checkpoint, tokens, device and threads; their jobs are run in
 turn, first ours, then theirs. What they found is compared first: of results that differ no speed is
-told. The peers' environment is made by `benchmarks/peers/setup.sh`.
+told. Of bfloat16 weights, where peers round their activations, too, ours are compared with our own
+in float32, and may be as far from it as the peers'. The peers' environment is made by
+`benchmarks/peers/setup.sh`.
 """
 
 import json
@@ -25,12 +27,12 @@ from benchmarks.workloads import WORKLOADS
 
 MODULES = {"ours": "benchmarks.ours", "peers": "benchmarks.peers.worker"}
 # The largest difference, relative to the largest value, of results that count as the same: in
-# float32, and where one side rounds operands (or all of its activations) to bfloat16.
+# float32, and where operands are rounded to bfloat16.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 SLOW, VERY_SLOW = 20.0, 100.0  # seconds: a job of the peer's that is timed once, or not again
 COLUMNS = (
     "job", "products", "seconds", "peer_seconds", "times_as_fast", "difference", "growth_mb",
-    "peer_growth_mb", "error", "peer_error",
+    "peer_growth_mb", "peer_difference", "error", "peer_error",
 )  # fmt: skip
 
 
@@ -136,12 +138,16 @@ def of_model(name: str, python: Path, options: Options) -> Iterator[dict[str, An
             if "error" in answer:
                 raise SystemExit(answer["error"])
             sides["bfloat16 operands" if rounded else "float32"] = side
+        exact = None
+        if workload.dtype == "bfloat16":
+            exact = stack.enter_context(Side(Path(sys.executable), MODULES["ours"]))
+            exact.ask("load", **request, dtype="float32", precision="highest")
         saved = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         found = []
         for job in loaded["jobs"]:
             if options.jobs and plain(job) not in options.jobs:
                 continue
-            for figure in of_job(job, peer, sides, saved, options, workload.dtype):
+            for figure in of_job(job, peer, sides, saved, options, exact):
                 found.append(figure)
                 yield {"model": name, **figure}
             shutil.rmtree(saved)
@@ -171,10 +177,18 @@ def plain(job: str) -> str:
 
 
 def of_job(
-    job: str, peer: Side, sides: dict[str, Side], saved: Path, options: Options, dtype: str
+    job: str,
+    peer: Side,
+    sides: dict[str, Side],
+    saved: Path,
+    options: Options,
+    exact: Side | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """A figure for each of our sides."""
+    """A figure for each of our sides; what they found is compared with the peer's, or `exact`'s."""
     own = plain(job)
+    wanted = saved / ("peer.npz" if exact is None else "exact.npz")
+    if exact is not None:
+        exact.ask("first", job=own, save=str(wanted))
     theirs = peer.ask("first", job=job, save=str(saved / "peer.npz"))
     first = {
         products: side.ask("first", job=own, save=str(saved / f"{products}.npz"))
@@ -202,9 +216,12 @@ def of_job(
             continue
         figure |= {"peer": theirs["peer"]} | spread("peer_", times["peer"])
         figure |= megabytes("peer_growth_mb", peer_growth)
-        rounded = dtype == "bfloat16" or products != "float32"
+        rounded = exact is not None or products != "float32"
         most = TOLERANCE["bfloat16" if rounded else "float32"]
-        figure["difference"] = error = difference(saved / f"{products}.npz", saved / "peer.npz")
+        figure["difference"] = error = difference(saved / f"{products}.npz", wanted)
+        if exact is not None:
+            figure["peer_difference"] = difference(saved / "peer.npz", wanted)
+            most = max(most, figure["peer_difference"])
         if error <= most:
             figure["times_as_fast"] = figure["peer_seconds"] / figure["seconds"]
         else:

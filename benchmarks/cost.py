@@ -104,6 +104,15 @@ def clocked(function: Callable, *args: Any) -> float:
     return time.perf_counter() - began
 
 
+def sustained(function: Callable, *args: Any, least: float = 0.5) -> float:
+    """Seconds of one of as many calls as take this long."""
+    calls, began = 0, time.perf_counter()
+    while calls == 0 or time.perf_counter() - began < least:
+        jax.block_until_ready(function(*args))
+        calls += 1
+    return (time.perf_counter() - began) / calls
+
+
 def medians(repeats: int, calls: dict[Any, Callable[[], float]]) -> dict[Any, float]:
     """The median of what each call returns; in turns, so that all meet the same disturbances.
 

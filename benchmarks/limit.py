@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from arrakis_jax import ModelConfig, Transformer, config_for, demo_model
-from benchmarks.cost import clocked, cold, flops, medians, persistent_cache
+from benchmarks.cost import cold, flops, medians, persistent_cache, sustained
 from benchmarks.options import Options
 from benchmarks.ours import JOBS, State, state_of
 from benchmarks.workloads import WORKLOADS
@@ -58,8 +58,8 @@ def of_job(job: str, state: State, repeats: int) -> dict[str, Any]:
     seconds = medians(
         repeats,
         {
-            "job": lambda: clocked(compiled.call, state.model),
-            "gemm": lambda: clocked(gemm, left, right),
+            "job": lambda: sustained(compiled.call, state.model),
+            "gemm": lambda: sustained(gemm, left, right),
         },
     )
     products = executed(job, compiled.flops, state)

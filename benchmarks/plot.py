@@ -54,7 +54,8 @@ def draw(panels: dict[str, list[Line]], device: str) -> Figure:
         panel(ax, model, lines)
     axes[-1].set_xlim(min([0.8, *(0.8 * r for r in ratios)]), max([4, *(1.6 * r for r in ratios)]))
     axes[-1].set_xlabel("times as fast as the peer (log scale)" + f", on {device}" * bool(device))
-    kinds = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
+    shown = {x["products"] for lines in panels.values() for x in lines}
+    kinds = [Patch(color=colour, label=name) for name, colour in COLOURS.items() if name in shown]
     figure.legend(handles=kinds, loc="outside upper right", ncols=2, frameon=False)
     return figure
 
@@ -78,9 +79,14 @@ def panel(ax: Axes, model: str, lines: list[Line]) -> None:
     ax.set_axisbelow(True)
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.axvline(1, color=INK, linewidth=1.2)
-    means = [f"{x['times_as_fast']:.1f}× ({x['products']})" for x in lines if MEAN in x["job"]]
+    means = [
+        f"{x['times_as_fast']:.1f}× {x['job'].split(', ')[1]}"
+        + f" ({x['products']})" * (len(products) > 1)
+        for x in lines
+        if MEAN in x["job"]
+    ]
     title = f"{model}: {MEAN} {', '.join(means)}" if means else model
-    ax.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    ax.set_title(title, loc="left", fontsize=10, fontweight="bold")
 
 
 def bar(ax: Axes, y: float, height: float, line: Line, colour: str) -> None:

@@ -102,13 +102,27 @@ class Fake:
 def test_a_wrong_result_has_no_speed(tmp_path):
     def figure(value):
         sides = {"float32": Fake(value, 2.0)}
-        (found,) = of_job("job", Fake(4.0, 6.0), sides, tmp_path, Options(repeats=1), "float32")
+        (found,) = of_job("job", Fake(4.0, 6.0), sides, tmp_path, Options(repeats=1))
         return found
 
     right = figure(4.0002)
     assert right["times_as_fast"] == 3 and right["difference"] == pytest.approx(5e-5)
     wrong = figure(4.001)
     assert "times_as_fast" not in wrong and "differ by more than 0.0001" in wrong["error"]
+
+
+def test_bfloat16_weights_are_compared_with_float32(tmp_path):
+    """Ours may be as far from it as the peer's, which rounds all of its activations."""
+
+    def figure(value):
+        sides, peer, exact = {"bfloat16 operands": Fake(value, 2.0)}, Fake(4.4, 6.0), Fake(4.0, 1.0)
+        (found,) = of_job("job", peer, sides, tmp_path, Options(repeats=1), exact)
+        assert found["peer_difference"] == pytest.approx(0.1)
+        return found
+
+    right = figure(4.2)
+    assert right["times_as_fast"] == 3 and right["difference"] == pytest.approx(0.05)
+    assert "differ by more than 0.1" in figure(4.5)["error"]
 
 
 def test_arrays_of_other_shapes_differ_and_other_names_are_refused(tmp_path):
