@@ -224,8 +224,8 @@ def _all_pairs(
 
     reduced = jax.tree.map(median if reduce == "median" else mean, found)
     if reduce == "ratio_of_means":
-        length = mean(norm(points))[:, None]
-        reduced = replace(reduced, relative_norm=ratio(mean(moved), length))
+        length = mean(norm(points.astype(moved.dtype)))
+        reduced = replace(reduced, relative_norm=ratio(mean(moved), length[:, None]))
     return MovementMatrix(**vars(reduced), points=names)
 
 

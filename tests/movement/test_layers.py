@@ -223,6 +223,18 @@ def test_parts_of_dimensions_and_positions(d_model, length, x64, monkeypatch):
     close(moved, np.linalg.norm(points[:, None] - points[None], axis=-1), 1e-12)
 
 
+def test_lengths_of_a_bfloat16_stream_are_summed_in_float32():
+    m = model("llama")
+    tokens, mask, _ = batch()
+    r = run(m, tokens, mask=mask).residuals
+    fields = ("resid_pre", "resid_mid", "final")
+    rounded = dataclasses.replace(r, **{n: getattr(r, n).astype(jnp.bfloat16) for n in fields})
+    again = dataclasses.replace(r, **{n: getattr(rounded, n).astype(jnp.float32) for n in fields})
+    for reduce in (None, "ratio_of_means"):
+        found, wanted = (movement_matrix(m, x, reduce=reduce) for x in (rounded, again))
+        close(found.relative_norm, wanted.relative_norm, 1e-6)
+
+
 def test_pairs_take_less_memory_than_the_points():
     """Reduced or not: no array of vectors of all pairs exists, nor of those of one point."""
     m, tokens = model("llama", n_layers=4, d_model=256), jnp.zeros((4, 128), int)
