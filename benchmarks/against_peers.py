@@ -124,24 +124,26 @@ def of_model(name: str, python: Path, options: Options) -> Iterator[dict[str, An
         "threads": cores(),
     }  # fmt: skip
     with ExitStack() as stack:
-        peer = stack.enter_context(Side(python, MODULES["peers"]))
-        loaded = peer.ask("load", **request, dtype=workload.dtype, precision="highest")
-        if "error" in loaded:
-            raise SystemExit(f"the peers cannot load {name}: {loaded['error']}")
+
+        def loading(which: str, dtype: str, precision: str) -> tuple[Side, dict[str, Any]]:
+            runs = python if which == "peers" else Path(sys.executable)
+            side = stack.enter_context(Side(runs, MODULES[which]))
+            answer = side.ask("load", **request, dtype=dtype, precision=precision)
+            if "error" in answer:
+                raise SystemExit(f"{which} cannot load {name}: {answer['error']}")
+            return side, answer
+
+        peer, loaded = loading("peers", workload.dtype, "highest")
         yield {"model": name, "peers": loaded}
         sides = {}
         for operands in options.operands:
             rounded = operands == "bfloat16"
             precision, dtype = ("default", "bfloat16") if rounded else ("highest", workload.dtype)
-            side = stack.enter_context(Side(Path(sys.executable), MODULES["ours"]))
-            answer = side.ask("load", **request, dtype=dtype, precision=precision)
-            if "error" in answer:
-                raise SystemExit(answer["error"])
+            side, _ = loading("ours", dtype, precision)
             sides["bfloat16 operands" if rounded else "float32"] = side
         exact = None
         if workload.dtype == "bfloat16":
-            exact = stack.enter_context(Side(Path(sys.executable), MODULES["ours"]))
-            exact.ask("load", **request, dtype="float32", precision="highest")
+            exact, _ = loading("ours", "float32", "highest")
         saved = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         found = []
         for job in loaded["jobs"]:

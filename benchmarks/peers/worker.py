@@ -303,7 +303,7 @@ def layers_told(found: list[Tensor]) -> dict[str, Tensor]:
     return {"resid_pre": torch.stack(found)}
 
 
-# At resid_mid these hooks tell what comes back through the MLP alone: half of the gradient there.
+# At resid_mid these hooks tell what comes back through the MLP alone, not the gradient.
 @job("gradient, every layer", "cache_activation_and_gradient", layers_told)
 def layer_gradients(state: State) -> list[Tensor]:
     names = points(state.raw)[:-1:2]
