@@ -175,7 +175,8 @@ class ModelConfig:
             round.
         matmul_precision: JAX precision of float32 products ("highest", "high", "default"). Weights
             in bfloat16 are widened for them, except with "default": then what they multiply is
-            rounded to bfloat16, which is faster and less exact (benchmarks/bfloat16.py).
+            rounded to bfloat16, gradients too, which is faster and less exact
+            (benchmarks/bfloat16.py). JAX can then differentiate the model in reverse mode only.
     """
 
     n_layers: int

@@ -125,7 +125,8 @@ def resume(
         start: an int in [-L, L] (L is the readout alone): the remaining layers are a static slice,
             and the result can be differentiated. Or a traced scalar: one program for all starts,
             which runs only the remaining blocks, forward or forward-mode only (reverse-mode
-            differentiation raises). Do not vmap over it: every start would run every block.
+            differentiation raises, and either does where products are rounded to bfloat16). Do not
+            vmap over it: every start would run every block.
         mask: `[B,T]`, as in the forward that `x` came from.
         edits: as in `run`; only sites from block `start` on are met.
 

@@ -56,14 +56,39 @@ def constant(shape: tuple[int, ...], value: float, config: ModelConfig) -> nnx.P
     return nnx.Param(jnp.full(shape, value, config.dtype))
 
 
-def product(spec: str, *operands: Array, config: ModelConfig) -> Array:
+def product(spec: str, a: Array, b: Array, config: ModelConfig) -> Array:
     """`jnp.einsum` with operands in `config.operands` and the result in `config.acc`."""
+    a, b = a.astype(config.operands), b.astype(config.operands)
+    if config.operands == jnp.bfloat16:
+        return _rounded(spec, a, b)
     return jnp.einsum(
-        spec,
-        *(x.astype(config.operands) for x in operands),
-        precision=None if config.operands == jnp.bfloat16 else config.matmul_precision,
-        preferred_element_type=config.acc,
+        spec, a, b, precision=config.matmul_precision, preferred_element_type=config.acc
     )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rounded(spec: str, a: Array, b: Array) -> Array:
+    """A product in bfloat16, summed in float32; what comes back is rounded for its products, too.
+
+    Of its own, JAX multiplies what comes back in float32, with widened weights. No axis in `spec`
+    is summed of one operand alone, and none is an ellipsis.
+    """
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _rounded_forward(spec: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32), (a, b)
+
+
+def _rounded_back(spec: str, operands: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    in_a, in_b, out = spec.replace("->", ",").split(",")
+    (a, b), dy = operands, dy.astype(jnp.bfloat16)
+    da = jnp.einsum(f"{out},{in_b}->{in_a}", dy, b, preferred_element_type=jnp.float32)
+    db = jnp.einsum(f"{out},{in_a}->{in_b}", dy, a, preferred_element_type=jnp.float32)
+    return da.astype(a.dtype), db.astype(b.dtype)
+
+
+_rounded.defvjp(_rounded_forward, _rounded_back)
 
 
 def affine(spec: str, x: Array, w: nnx.Param, b: nnx.Param | None, config: ModelConfig) -> Array:
@@ -79,7 +104,7 @@ def flat_affine(
     In gradients XLA copies, on a CPU, weights of which it would sum over several axes.
     """
     outer, n = x.shape[: x.ndim - n_in], prod(x.shape[x.ndim - n_in :])
-    y = product("...I,IO->...O", x.reshape(*outer, n), w[...].reshape(n, -1), config=config)
+    y = product("BTI,IO->BTO", x.reshape(*outer, n), w[...].reshape(n, -1), config=config)
     return _biased(y.reshape(*outer, *w[...].shape[n_in:]), b)
 
 

@@ -144,7 +144,9 @@ class Transformer(nnx.Module):
         scale = jnp.asarray(self.config.embed_scale, self.config.dtype).astype(self.config.acc)
         x = e.astype(self.config.acc) * scale
         if self.w_project_in is not None:
-            x = product("...M,MD->...D", x, self.w_project_in[...], config=self.config)
+            rows = x.reshape(-1, x.shape[-1])
+            rows = product("NM,MD->ND", rows, self.w_project_in[...], config=self.config)
+            x = rows.reshape(*x.shape[:-1], -1)
         return x if self.norm_embed is None else self.norm_embed(x, Sites(), "norm_embed_scale")
 
     def mean_embedding(self) -> Float[Array, " D"]:
