@@ -190,7 +190,7 @@ class KL(Target):
         log_q = _log_probs(model, y_BD)
         log_p = jax.nn.log_softmax(jax.lax.stop_gradient(self.reference), -1)
         p = jnp.exp(log_p)
-        return jnp.sum(jnp.where(p > 0, p * (jnp.where(p > 0, log_p, 0) - log_q), 0), -1)
+        return contract("BV,BV->B", p, jnp.where(p > 0, log_p - log_q, 0))
 
 
 @dataclass(frozen=True)

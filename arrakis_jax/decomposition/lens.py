@@ -23,6 +23,7 @@ from arrakis_jax.forward import compiled, stream_of
 from arrakis_jax.layers import batch_of
 from arrakis_jax.nn.site import Sites
 from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.numerics import contract
 from arrakis_jax.points import Points, point_capture, stream_points
 from arrakis_jax.residuals import ABSENT, ModelOutput, Record, ResidualStream
 
@@ -300,7 +301,7 @@ def _with_chunk(
     found = found._replace(
         most=most,
         total=total + share.sum(-1),
-        below=below + (share * jnp.where(new, less, 0)).sum(-1),
+        below=below + contract("...V,...V->...", share, jnp.where(new, less, 0)),
         top=top,
         tokens=jnp.take_along_axis(tokens, index, -1),
     )
@@ -321,7 +322,8 @@ def _apart(
     before, after = jax.lax.stop_gradient((before, after))
     share = jnp.where(here.new, jnp.exp(final - after[..., None]), 0)
     apart = apart * jnp.exp(before - after)
-    return apart + (share * jnp.where(here.new, final - logits, 0)).sum(-1)
+    change = jnp.where(here.new, final - logits, 0)
+    return apart + contract("...V,...V->...", share, change)
 
 
 def _larger_before(
