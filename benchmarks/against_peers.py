@@ -37,22 +37,37 @@ COLUMNS = (
 
 
 class Side:
-    """A process that does jobs, and how much memory it takes for them."""
+    """A process that does jobs, and how much memory it takes for them.
 
-    def __init__(self, python: Path, module: str):
+    `loaded` is what it answered to the request to load. One that ends, as the system does with a
+    process that takes all memory, has failed in that job alone: the next finds a new process.
+    """
+
+    def __init__(self, python: Path, module: str, **request: Any):
+        self.command, self.request = [python, "-m", module], request
+        self.start()
+
+    def start(self) -> None:
         self.process = subprocess.Popen(
-            [python, "-m", module], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            self.command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, bufsize=1,
         )  # fmt: skip
         self.said: list[str] = []
         self.listener = threading.Thread(target=self._listen, daemon=True)
         self.listener.start()
+        self.loaded = self._answer("load", **self.request)
 
     def _listen(self) -> None:
         for line in self.process.stderr or ():
             self.said = [*self.said[-30:], line]
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        if self.process.poll() is not None:
+            self.close()
+            self.start()
+        return self._answer(do, **request)
+
+    def _answer(self, do: str, **request: Any) -> dict[str, Any]:
         assert self.process.stdin and self.process.stdout
         try:
             self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
@@ -91,14 +106,17 @@ class Side:
         kilobytes = [x.split()[1] for x in status.read_text().splitlines() if "RssAnon" in x]
         return 1024 * int(kilobytes[0])
 
-    def __enter__(self) -> "Side":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
+    def close(self) -> None:
         self.process.kill()
         self.listener.join()
         with self.process:  # closes its pipes
             pass
+
+    def __enter__(self) -> "Side":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
 
 def figures(options: Options) -> Iterator[dict[str, Any]]:
@@ -123,33 +141,37 @@ def of_model(name: str, python: Path, options: Options) -> Iterator[dict[str, An
         "workload": name, "checkpoint": str(folder), "device": options.device,
         "threads": cores(),
     }  # fmt: skip
+
+    def loading(which: str, dtype: str, precision: str) -> Side:
+        runs = python if which == "peers" else Path(sys.executable)
+        side = Side(runs, MODULES[which], **request, dtype=dtype, precision=precision)
+        if "error" in side.loaded:
+            side.close()
+            raise SystemExit(f"{which} cannot load {name}: {side.loaded['error']}")
+        return side
+
     with ExitStack() as stack:
-
-        def loading(which: str, dtype: str, precision: str) -> tuple[Side, dict[str, Any]]:
-            runs = python if which == "peers" else Path(sys.executable)
-            side = stack.enter_context(Side(runs, MODULES[which]))
-            answer = side.ask("load", **request, dtype=dtype, precision=precision)
-            if "error" in answer:
-                raise SystemExit(f"{which} cannot load {name}: {answer['error']}")
-            return side, answer
-
-        peer, loaded = loading("peers", workload.dtype, "highest")
-        yield {"model": name, "peers": loaded}
+        exact = None
+        if workload.dtype == "bfloat16":  # all of it first, so that its model is gone
+            exact = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            with loading("ours", "float32", "highest") as side:
+                for job in options.jobs or side.loaded["jobs"]:
+                    side.ask("first", job=job, save=str(exact / f"{job}.npz"))
+        peer = stack.enter_context(loading("peers", workload.dtype, "highest"))
+        yield {"model": name, "peers": peer.loaded}
         sides = {}
         for operands in options.operands:
             rounded = operands == "bfloat16"
             precision, dtype = ("default", "bfloat16") if rounded else ("highest", workload.dtype)
-            side, _ = loading("ours", dtype, precision)
+            side = stack.enter_context(loading("ours", dtype, precision))
             sides["bfloat16 operands" if rounded else "float32"] = side
-        exact = None
-        if workload.dtype == "bfloat16":
-            exact, _ = loading("ours", "float32", "highest")
         saved = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         found = []
-        for job in loaded["jobs"]:
+        for job in peer.loaded["jobs"]:
             if options.jobs and plain(job) not in options.jobs:
                 continue
-            for figure in of_job(job, peer, sides, saved, options, exact):
+            wanted = None if exact is None else exact / f"{plain(job)}.npz"
+            for figure in of_job(job, peer, sides, saved, options, wanted):
                 found.append(figure)
                 yield {"model": name, **figure}
             shutil.rmtree(saved)
@@ -184,13 +206,11 @@ def of_job(
     sides: dict[str, Side],
     saved: Path,
     options: Options,
-    exact: Side | None = None,
+    exact: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """A figure for each of our sides; what they found is compared with the peer's, or `exact`'s."""
+    """A figure for each of our sides; what they found is compared with the peer's, or `exact`."""
     own = plain(job)
-    wanted = saved / ("peer.npz" if exact is None else "exact.npz")
-    if exact is not None:
-        exact.ask("first", job=own, save=str(wanted))
+    wanted = saved / "peer.npz" if exact is None else exact
     theirs = peer.ask("first", job=job, save=str(saved / "peer.npz"))
     first = {
         products: side.ask("first", job=own, save=str(saved / f"{products}.npz"))
@@ -202,8 +222,9 @@ def of_job(
         for products, side in sides.items():
             times[products].append(side.ask("time", job=own).get("seconds", float("nan")))
         if "error" not in theirs:
-            again = took if took > VERY_SLOW else peer.ask("time", job=job)["seconds"]
-            times["peer"].append(again)
+            again = theirs if took > VERY_SLOW else peer.ask("time", job=job)
+            theirs = again if "error" in again else theirs
+            times["peer"].append(again.get("seconds", float("nan")))
     peer_growth = None if "error" in theirs or took > VERY_SLOW else peer.growth(job)
     for products, side in sides.items():
         figure: dict[str, Any] = {"job": job, "products": products}
@@ -218,6 +239,9 @@ def of_job(
             continue
         figure |= {"peer": theirs["peer"]} | spread("peer_", times["peer"])
         figure |= megabytes("peer_growth_mb", peer_growth)
+        if not wanted.exists():
+            yield figure | {"error": "no float32 result to compare with"}
+            continue
         rounded = exact is not None or products != "float32"
         most = TOLERANCE["bfloat16" if rounded else "float32"]
         figure["difference"] = error = difference(saved / f"{products}.npz", wanted)

@@ -71,10 +71,12 @@ def test_a_side_does_jobs_and_tells_their_memory(tmp_path):
     workload = WORKLOADS["tiny"]
     model = Transformer(config_for(workload.family, **workload.shape), rngs=nnx.Rngs(0))
     save(model, tmp_path / "model")
-    with Side(sys.executable, "benchmarks.ours") as side:
-        about = {"workload": "tiny", "checkpoint": str(tmp_path / "model"), "device": "cpu"}
-        loaded = side.ask("load", **about, dtype="float32", precision="highest", threads=2)
-        assert loaded["jobs"] == list(JOBS)
+    about = {"workload": "tiny", "checkpoint": str(tmp_path / "model"), "device": "cpu"}
+    about |= {"dtype": "float32", "precision": "highest", "threads": 2}
+    with Side(sys.executable, "benchmarks.ours", **about) as side:
+        assert side.loaded["jobs"] == list(JOBS)
+        side.process.kill()
+        assert "(-9)" in side._answer("time", job="forward")["error"]
         found = side.ask("first", job="forward", save=str(tmp_path / "found.npz"))
         assert found["seconds"] > side.ask("time", job="forward")["seconds"] > 0
         assert side.growth("forward") >= 0
@@ -115,7 +117,9 @@ def test_bfloat16_weights_are_compared_with_float32(tmp_path):
     """Ours may be as far from it as the peer's, which rounds all of its activations."""
 
     def figure(value):
-        sides, peer, exact = {"bfloat16 operands": Fake(value, 2.0)}, Fake(4.4, 6.0), Fake(4.0, 1.0)
+        exact = tmp_path / "exact.npz"
+        sides, peer = {"bfloat16 operands": Fake(value, 2.0)}, Fake(4.4, 6.0)
+        Fake(4.0, 1.0).ask("first", save=exact)
         (found,) = of_job("job", peer, sides, tmp_path, Options(repeats=1), exact)
         assert found["peer_difference"] == pytest.approx(0.1)
         return found

@@ -8,10 +8,10 @@ Face's forward beneath it, which TransformerLens does not tell of, for the logit
 position alone.
 """
 
+import gc
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterable
-from functools import cached_property
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -48,13 +48,15 @@ JOBS: dict[str, Job] = {}
 
 
 class State:
-    """The models, each made when a job first needs it, and the tokens `[B,T]`."""
+    """The tokens `[B,T]`, and one model at a time, as some are large, made when a job needs it."""
 
     def __init__(self, request: dict[str, Any]):
         self.path, self.dtype = request["checkpoint"], getattr(torch, request["dtype"])
         self.device = {"gpu": "cuda"}.get(request["device"], request["device"])
         workload = WORKLOADS[request["workload"]]
         config = transformers.AutoConfig.from_pretrained(self.path)
+        self.n_layers = int(config.num_hidden_layers)
+        self.held: tuple[str, Any] = ("", None)
 
         def tokens(shape: tuple[int, int], seed: int = 0) -> Tensor:
             ids = workloads.tokens(shape, config.vocab_size, seed)
@@ -81,34 +83,42 @@ class State:
             dtype=self.dtype,
         )
 
-    @cached_property
+    def only(self, name: str, make: Callable[[], Any]) -> Any:
+        """The model of this name, made in place of another."""
+        if self.held[0] != name:
+            self.held = ("", None)
+            gc.collect()
+            self.held = (name, make())
+        return self.held[1]
+
+    @property
     def model(self) -> transformers.PreTrainedModel:
         """The model without TransformerLens, for captum and nnsight."""
-        return self.hugging_face().requires_grad_(False)
+        return self.only("model", lambda: self.hugging_face().requires_grad_(False))
 
-    @cached_property
+    @property
     def raw(self) -> TransformerBridge:
         """TransformerLens with the weights as they are, which require no gradients."""
-        return self.bridge()
+        return self.only("raw", self.bridge)
 
-    @cached_property
+    @property
     def folded(self) -> TransformerBridge:
         """TransformerLens with norms folded and weights centred, as logit attribution needs them.
 
         A head's value bias stays the head's.
         """
-        bridge = self.bridge()
-        bridge.enable_compatibility_mode(fold_value_biases=False)
-        return bridge
+
+        def make() -> TransformerBridge:
+            bridge = self.bridge()
+            bridge.enable_compatibility_mode(fold_value_biases=False)
+            return bridge
+
+        return self.only("folded", make)
 
     @property
     def slopes(self) -> TransformerBridge:
         """The raw one where weights require gradients, as its tools' hooks need it."""
         return self.raw.requires_grad_(True)
-
-    @property
-    def n_layers(self) -> int:
-        return int(self.raw.cfg.n_layers)
 
 
 def load(request: dict[str, Any]) -> tuple[State, dict[str, Any]]:
