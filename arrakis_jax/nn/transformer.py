@@ -517,10 +517,15 @@ class Transformer(nnx.Module):
         y_BTM = y_BTD
         if self.w_project_out is not None:
             y_BTM = product("BTD,DM->BTM", y_BTD, self.w_project_out[...], config=config)
+        one = y_BTM.shape[:2] == (1, 1)
+        if one and config.operands == jnp.bfloat16:
+            # For a product with one row XLA widens, on a CPU, the whole unembedding.
+            y_BTM = jnp.concatenate([y_BTM, jnp.zeros_like(y_BTM)], 1)
         if self.w_u is None:
             logits = product("BTM,VM->BTV", y_BTM, chosen(self.w_e[...], 0), config=config)
         else:
             logits = product("BTM,MV->BTV", y_BTM, chosen(self.w_u[...], 1), config=config)
+        logits = logits[:, :1] if one else logits
         if self.b_u is not None:
             b_u = chosen(self.b_u[...], 0).astype(logits.dtype)
             logits = logits + over(b_u, logits)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from arrakis_jax.nn.linear import product
-from benchmarks.cost import dots
+from benchmarks.cost import dots, temporary
 from tests.models import batch, close, config, model
 
 ROUNDED = dict(dtype="bfloat16", matmul_precision="default")
@@ -50,3 +50,15 @@ def test_gradients_multiply_bfloat16_alone_and_sum_in_float32(variant, changes):
     for eqn in found:
         assert [x.aval.dtype for x in eqn.invars] == [jnp.bfloat16, jnp.bfloat16], eqn
         assert eqn.outvars[0].aval.dtype == jnp.float32, eqn
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_logits_of_one_row_do_not_widen_the_unembedding(tied):
+    m = model("llama", tied=tied, vocab_size=4000, **ROUNDED)
+    y_BTD = jax.random.normal(jax.random.key(0), (2, 1, m.config.d_model))
+    one, two = (
+        temporary(lambda m, y: m.unembed(y), m, y_BTD[:1]),
+        temporary(lambda m, y: m.unembed(y), m, y_BTD),
+    )
+    assert one < two + 4000 * m.config.d_model
+    close(m.unembed(y_BTD[:1]), m.unembed(y_BTD)[:1], 1e-6)
