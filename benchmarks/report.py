@@ -16,7 +16,7 @@ PACKAGES = ("arrakis_jax", "jax", "jaxlib", "flax", "numpy", "transformers")
 
 
 def measured_on() -> Figure:
-    """Versions, device, and how many cores it has."""
+    """Versions, device, and the processor with its cores and instructions for products."""
     import jax
 
     return {
@@ -25,7 +25,22 @@ def measured_on() -> Figure:
         "device": jax.devices()[0].device_kind,
         "devices": len(jax.devices()),
         "cores": cores(),
+        **processor(),
     }
+
+
+def processor() -> Figure:
+    """The processor's name and, on Linux, its vector and matrix instructions."""
+    file = Path("/proc/cpuinfo")
+    if not file.exists():
+        return {"processor": platform.processor()}
+    about = dict(
+        [part.strip() for part in line.split(":", 1)]
+        for line in file.read_text().splitlines()
+        if ":" in line
+    )
+    known = [x for x in about.get("flags", "").split() if x.startswith(("avx", "amx"))]
+    return {"processor": about.get("model name", ""), "instructions": known}
 
 
 def cores() -> int | None:
