@@ -79,14 +79,15 @@ def panel(ax: Axes, model: str, lines: list[Line]) -> None:
     ax.set_axisbelow(True)
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.axvline(1, color=INK, linewidth=1.2)
-    means = [
-        f"{x['times_as_fast']:.1f}× {x['job'].split(', ')[1]}"
-        + f" ({x['products']})" * (len(products) > 1)
-        for x in lines
-        if MEAN in x["job"]
-    ]
-    title = f"{model}: {MEAN} {', '.join(means)}" if means else model
-    ax.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    title = [model]
+    for name in products:
+        means = [
+            f"{x['times_as_fast']:.1f}× {x['job'].split(', ')[1]}"
+            for x in lines
+            if MEAN in x["job"] and x["products"] == name
+        ]
+        title += [f"{MEAN}, {name}: {', '.join(means)}"] if means else []
+    ax.set_title("\n".join(title), loc="left", fontsize=10, fontweight="bold")
 
 
 def bar(ax: Axes, y: float, height: float, line: Line, colour: str) -> None:
