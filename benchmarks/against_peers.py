@@ -104,7 +104,7 @@ class Side:
         if not status.exists():
             return None
         kilobytes = [x.split()[1] for x in status.read_text().splitlines() if "RssAnon" in x]
-        return 1024 * int(kilobytes[0])
+        return 1024 * int(kilobytes[0]) if kilobytes else None  # none of one that has ended
 
     def close(self) -> None:
         self.process.kill()

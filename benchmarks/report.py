@@ -40,7 +40,8 @@ def processor() -> Figure:
         if ":" in line
     )
     known = [x for x in about.get("flags", "").split() if x.startswith(("avx", "amx"))]
-    return {"processor": about.get("model name", ""), "instructions": known}
+    name = about.get("model name") or platform.processor()
+    return {"processor": name, "instructions": known}
 
 
 def cores() -> int | None:

@@ -45,7 +45,7 @@ def test_figures_are_json_lines_and_a_table(tmp_path):
     assert lines == (tmp_path / "f").read_text().splitlines()
     first, *figures = map(json.loads, lines)
     assert first["benchmark"] == "measured_on" and first["device"] == "cpu"
-    assert first["processor"]
+    assert "processor" in first
     assert set(first["versions"]) >= {"jax", "flax", "arrakis_jax"}
     assert {figure["benchmark"] for figure in figures} == {"compile_time"}
     assert all(figure["ratio"] > 0 for figure in figures)
