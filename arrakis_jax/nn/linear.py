@@ -66,6 +66,10 @@ def product(spec: str, a: Array, b: Array, config: ModelConfig) -> Array:
     )
 
 
+# Of operands in bfloat16, summed in float32.
+_einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rounded(spec: str, a: Array, b: Array) -> Array:
     """A product in bfloat16, summed in float32; what comes back is rounded for its products, too.
@@ -73,18 +77,18 @@ def _rounded(spec: str, a: Array, b: Array) -> Array:
     Of its own, JAX multiplies what comes back in float32, with widened weights. No axis in `spec`
     is summed of one operand alone, and none is an ellipsis.
     """
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+    return _einsum(spec, a, b)
 
 
 def _rounded_forward(spec: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32), (a, b)
+    return _einsum(spec, a, b), (a, b)
 
 
 def _rounded_back(spec: str, operands: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     in_a, in_b, out = spec.replace("->", ",").split(",")
     (a, b), dy = operands, dy.astype(jnp.bfloat16)
-    da = jnp.einsum(f"{out},{in_b}->{in_a}", dy, b, preferred_element_type=jnp.float32)
-    db = jnp.einsum(f"{out},{in_a}->{in_b}", dy, a, preferred_element_type=jnp.float32)
+    da = _einsum(f"{out},{in_b}->{in_a}", dy, b)
+    db = _einsum(f"{out},{in_a}->{in_b}", dy, a)
     return da.astype(a.dtype), db.astype(b.dtype)
 
 
@@ -99,7 +103,7 @@ def affine(spec: str, x: Array, w: nnx.Param, b: nnx.Param | None, config: Model
 def flat_affine(
     x: Array, w: nnx.Param, b: nnx.Param | None, config: ModelConfig, *, n_in: int = 1
 ) -> Array:
-    """`affine` over the last `n_in` axes of x and the first of w, with a matrix in w's place.
+    """`affine` over the last `n_in` axes of `x [B,T,...]` and w's first, a matrix in w's place.
 
     In gradients XLA copies, on a CPU, weights of which it would sum over several axes.
     """
