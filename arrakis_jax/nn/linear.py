@@ -2,6 +2,7 @@
 
 from functools import partial
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,19 +81,23 @@ def _rounded(spec: str, a: Array, b: Array) -> Array:
     return _einsum(spec, a, b)
 
 
-def _rounded_forward(spec: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _einsum(spec, a, b), (a, b)
+def _rounded_forward(spec: str, a: Any, b: Any) -> tuple[Array, tuple[Array | None, Array | None]]:
+    """And of each operand what the other's gradient needs, if that is asked for."""
+    needed = (a.value if b.perturbed else None, b.value if a.perturbed else None)
+    return _einsum(spec, a.value, b.value), needed
 
 
-def _rounded_back(spec: str, operands: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _rounded_back(
+    spec: str, needed: tuple[Array | None, Array | None], dy: Array
+) -> tuple[Array | None, Array | None]:
     in_a, in_b, out = spec.replace("->", ",").split(",")
-    (a, b), dy = operands, dy.astype(jnp.bfloat16)
-    da = _einsum(f"{out},{in_b}->{in_a}", dy, b)
-    db = _einsum(f"{out},{in_a}->{in_b}", dy, a)
-    return da.astype(a.dtype), db.astype(b.dtype)
+    (a, b), dy = needed, dy.astype(jnp.bfloat16)
+    da = None if b is None else _einsum(f"{out},{in_b}->{in_a}", dy, b).astype(b.dtype)
+    db = None if a is None else _einsum(f"{out},{in_a}->{in_b}", dy, a).astype(a.dtype)
+    return da, db
 
 
-_rounded.defvjp(_rounded_forward, _rounded_back)
+_rounded.defvjp(_rounded_forward, _rounded_back, symbolic_zeros=True)
 
 
 def affine(spec: str, x: Array, w: nnx.Param, b: nnx.Param | None, config: ModelConfig) -> Array:

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from arrakis_jax import residual_gradients
 from arrakis_jax.nn.linear import product
-from benchmarks.cost import dots, temporary
+from benchmarks.cost import dots, flops, temporary
 from tests.models import batch, close, config, model
 
 ROUNDED = dict(dtype="bfloat16", matmul_precision="default")
@@ -50,6 +51,18 @@ def test_gradients_multiply_bfloat16_alone_and_sum_in_float32(variant, changes):
     for eqn in found:
         assert [x.aval.dtype for x in eqn.invars] == [jnp.bfloat16, jnp.bfloat16], eqn
         assert eqn.outvars[0].aval.dtype == jnp.float32, eqn
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "llama", "mixed"])
+def test_rounding_multiplies_no_more(variant):
+    """No product is run again for a gradient, and none is for one that is not asked for."""
+
+    def count(**changes):
+        return flops(
+            lambda m: residual_gradients(m, TOKENS, 3, mask=MASK), model(variant, **changes)
+        )
+
+    assert count(**ROUNDED) == count()
 
 
 @pytest.mark.parametrize("tied", [True, False])
