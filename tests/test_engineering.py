@@ -55,7 +55,7 @@ from arrakis_jax import (
     top_attribution,
     virtual_head,
 )
-from arrakis_jax.movement.flow import METHODS
+from arrakis_jax.movement.information_flow import METHODS
 from benchmarks.cost import dots, flops, temporary
 from tests.models import batch, close, model
 

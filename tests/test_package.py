@@ -12,25 +12,31 @@ ROOT = Path(arrakis_jax.__file__).parent
 
 # A module imports only from lines above its own.
 LAYERS = (
-    ("axes", "errors"),
-    ("config", "labels", "numerics", "places"),
-    ("table",),
-    ("residuals",),
-    ("checks",),
-    ("edits",),
+    ("core",),
+    ("results",),
+    ("stream",),
     ("nn",),
-    ("forward",),
-    ("layers", "points", "targets"),
-    ("families",),
-    ("checkpoint",),
-    ("tokens",),
+    ("families", "frozen"),
+    ("forward", "checkpoint"),
+    ("terms", "text"),
     ("decomposition", "movement", "attribution", "circuits"),
     ("patching",),
+    ("edges",),
     ("evaluation",),
     ("demo", "residual_tools"),
     ("cli",),
 )
-ANALYSIS = ("decomposition", "movement", "attribution", "circuits", "patching", "evaluation")
+ANALYSIS = (
+    "decomposition",
+    "movement",
+    "attribution",
+    "circuits",
+    "patching",
+    "edges",
+    "terms",
+    "frozen",
+    "evaluation",
+)
 
 
 def imports(path: Path) -> set[str]:

@@ -8,16 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.attribution.gradients import target_value
+from arrakis_jax.attribution.residual_gradients import target_value
 from arrakis_jax.attribution.result import Attribution
-from arrakis_jax.axes import Array, Float, over
-from arrakis_jax.checks import checked_ids, checked_tokens, host
-from arrakis_jax.config import ModelConfig
-from arrakis_jax.errors import expected
+from arrakis_jax.core.axes import (
+    Array,
+    Float,
+    over,
+)
+from arrakis_jax.core.checks import (
+    checked_ids,
+    checked_tokens,
+    host,
+)
+from arrakis_jax.core.config import ModelConfig
+from arrakis_jax.core.errors import expected
+from arrakis_jax.core.numerics import contract
+from arrakis_jax.forward.targets import Target
 from arrakis_jax.nn.transformer import Edits, Transformer
-from arrakis_jax.numerics import contract
-from arrakis_jax.places import Places
-from arrakis_jax.targets import Target
+from arrakis_jax.stream.padding import Places
 
 
 @dataclass(frozen=True)

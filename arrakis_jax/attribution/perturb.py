@@ -8,8 +8,12 @@ import jax.numpy as jnp
 
 from arrakis_jax.attribution.inputs import Inputs, evenly
 from arrakis_jax.attribution.result import Attribution
-from arrakis_jax.axes import Array, Bool, Float
-from arrakis_jax.forward import compiled
+from arrakis_jax.core.axes import (
+    Array,
+    Bool,
+    Float,
+)
+from arrakis_jax.forward.run import compiled
 
 
 @compiled("step_batch")

@@ -7,11 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.axes import Array, Bool, Float, Int
-from arrakis_jax.checks import checked_count
-from arrakis_jax.residuals import ABSENT, Record
-from arrakis_jax.table import Table
-from arrakis_jax.tokens import continuation
+from arrakis_jax.core.axes import (
+    Array,
+    Bool,
+    Float,
+    Int,
+)
+from arrakis_jax.core.checks import checked_count
+from arrakis_jax.results.record import (
+    ABSENT,
+    Record,
+)
+from arrakis_jax.results.table import Table
+from arrakis_jax.text import continuation
 
 NORMS = {
     "l2": "the Euclidean norm of",

@@ -12,7 +12,10 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from arrakis_jax.errors import CheckpointError, expected
+from arrakis_jax.core.errors import (
+    CheckpointError,
+    expected,
+)
 
 NATIVE_CONFIG = "arrakis_jax.json"
 NATIVE_WEIGHTS = "weights"

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from arrakis_jax.axes import Array
 from arrakis_jax.checkpoint.files import (
     NATIVE_CONFIG,
     STORED,
@@ -32,8 +31,12 @@ from arrakis_jax.checkpoint.mxfp4 import unpacked
 from arrakis_jax.checkpoint.native import native_config, restore
 from arrakis_jax.checkpoint.parameters import assembled, parameters
 from arrakis_jax.checkpoint.weights import Source, finite, sources
-from arrakis_jax.config import ModelConfig
-from arrakis_jax.errors import CheckpointError, expected
+from arrakis_jax.core.axes import Array
+from arrakis_jax.core.config import ModelConfig
+from arrakis_jax.core.errors import (
+    CheckpointError,
+    expected,
+)
 from arrakis_jax.families import family_for
 from arrakis_jax.families.base import Family
 from arrakis_jax.nn.transformer import Transformer

@@ -9,8 +9,8 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from arrakis_jax.axes import Array
-from arrakis_jax.config import ModelConfig
+from arrakis_jax.core.axes import Array
+from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.nn.transformer import Transformer
 
 BLOCK = re.compile(r"blocks\.|segments\.(\d+)\.")

@@ -10,14 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.axes import Array, Float
-from arrakis_jax.checks import Ids, checked_ids
 from arrakis_jax.circuits.matrices import Distance, Factored, eigenvalues, ov_matrices, qk_matrices
-from arrakis_jax.errors import expected
-from arrakis_jax.forward import compiled
+from arrakis_jax.core.axes import (
+    Array,
+    Float,
+)
+from arrakis_jax.core.checks import (
+    Ids,
+    checked_ids,
+)
+from arrakis_jax.core.errors import expected
+from arrakis_jax.core.numerics import contract
+from arrakis_jax.forward.run import compiled
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.numerics import contract
-from arrakis_jax.residuals import Record
+from arrakis_jax.results.record import Record
 
 _CHUNK = 4096  # tokens whose rows are in float32 at once
 _BATCH = 64  # tokens whose logits are

@@ -16,19 +16,26 @@ from einops import rearrange, repeat
 from jax.core import Tracer
 from jaxtyping import Complex
 
-from arrakis_jax.axes import Array, Float, Int
-from arrakis_jax.checks import checked_layer, host
-from arrakis_jax.config import ModelConfig
-from arrakis_jax.errors import expected
-from arrakis_jax.forward import compiled
+from arrakis_jax.core.axes import (
+    Array,
+    Float,
+    Int,
+)
+from arrakis_jax.core.checks import (
+    checked_layer,
+    host,
+)
+from arrakis_jax.core.config import ModelConfig
+from arrakis_jax.core.errors import expected
+from arrakis_jax.core.numerics import contract
+from arrakis_jax.forward.run import compiled
 from arrakis_jax.nn.block import Block
+from arrakis_jax.nn.context import Positions
 from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.rotary import rotate
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.nn.where import Positions
-from arrakis_jax.numerics import contract
-from arrakis_jax.places import Places
-from arrakis_jax.residuals import Record
+from arrakis_jax.results.record import Record
+from arrakis_jax.stream.padding import Places
 
 Distance = int | Int[Array, " N"] | np.ndarray | list
 

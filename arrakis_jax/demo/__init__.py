@@ -5,7 +5,7 @@ from typing import Any
 
 from arrakis_jax.checkpoint import from_pretrained
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.tokens import tokenizer_for
+from arrakis_jax.text import tokenizer_for
 
 FOLDER = Path(__file__).parent / "model"
 

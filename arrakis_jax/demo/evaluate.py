@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from arrakis_jax.demo import text
-from arrakis_jax.forward import run
+from arrakis_jax.forward.run import run
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.residuals import Capture
-from arrakis_jax.tokens import encode
+from arrakis_jax.stream.capture import Capture
+from arrakis_jax.text import encode
 
 SEED = 20_000
 PROMPTS = 1000

@@ -20,14 +20,14 @@ from rich.progress import track
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from arrakis_jax.axes import Array
 from arrakis_jax.checkpoint import export_weights
-from arrakis_jax.config import ModelConfig
+from arrakis_jax.core.axes import Array
+from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.demo import FOLDER, text
 from arrakis_jax.demo.evaluate import figures
 from arrakis_jax.families import config_for
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.tokens import tokenizer_for
+from arrakis_jax.text import tokenizer_for
 
 BOS = "<bos>"
 # The shape of a batch's text, and of its random sequences: in the second half of the training

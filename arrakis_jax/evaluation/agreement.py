@@ -6,12 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.axes import Array, Bool, Float
-from arrakis_jax.checks import checked_numbers
-from arrakis_jax.errors import expected
-from arrakis_jax.numerics import contract
+from arrakis_jax.core.axes import (
+    Array,
+    Bool,
+    Float,
+)
+from arrakis_jax.core.checks import checked_numbers
+from arrakis_jax.core.errors import expected
+from arrakis_jax.core.numerics import contract
 from arrakis_jax.patching.effects import Effects
-from arrakis_jax.residuals import Record
+from arrakis_jax.results.record import Record
 
 
 @jax.tree_util.register_dataclass

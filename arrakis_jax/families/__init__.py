@@ -6,8 +6,8 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from arrakis_jax.config import ModelConfig
-from arrakis_jax.errors import expected
+from arrakis_jax.core.config import ModelConfig
+from arrakis_jax.core.errors import expected
 from arrakis_jax.families.base import Family
 
 

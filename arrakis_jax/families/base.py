@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from arrakis_jax.config import ModelConfig
-from arrakis_jax.errors import expected
+from arrakis_jax.core.config import ModelConfig
+from arrakis_jax.core.errors import expected
 
 # Config fields that no forward here depends on, by the reason why.
 IGNORED = {

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from arrakis_jax.errors import expected
+from arrakis_jax.core.errors import expected
 from arrakis_jax.families import rope
 from arrakis_jax.families.base import ACTIVATIONS, Family, Rule, per_head, rule
 

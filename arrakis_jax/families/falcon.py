@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from arrakis_jax.errors import expected
+from arrakis_jax.core.errors import expected
 from arrakis_jax.families import rope
 from arrakis_jax.families.base import ACTIVATIONS, Family, per_head, rule
 

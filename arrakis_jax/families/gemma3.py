@@ -6,7 +6,7 @@ those of a vision tower, which are left out.
 
 from typing import Any
 
-from arrakis_jax.errors import expected
+from arrakis_jax.core.errors import expected
 from arrakis_jax.families import decoder, gemma2, rope
 from arrakis_jax.families.base import ACTIVATIONS
 

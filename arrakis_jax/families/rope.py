@@ -9,8 +9,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from arrakis_jax.config import ROPE_SCALINGS, RopeScaling
-from arrakis_jax.errors import expected
+from arrakis_jax.core.config import (
+    ROPE_SCALINGS,
+    RopeScaling,
+)
+from arrakis_jax.core.errors import expected
 from arrakis_jax.families.base import HUGE
 
 # The fields, as part of a family's defaults; Hugging Face's own default of theta is 10000.

@@ -11,9 +11,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.axes import Array, Bool, Float, Int, over
-from arrakis_jax.layers import Read
-from arrakis_jax.numerics import contract, norm, ratio
+from arrakis_jax.core.axes import (
+    Array,
+    Bool,
+    Float,
+    Int,
+    over,
+)
+from arrakis_jax.core.numerics import (
+    contract,
+    norm,
+    ratio,
+)
+from arrakis_jax.frozen.attention import Read
 
 HEADS = 2**22  # the most elements of [B,S,H,D]: what each head brings from a block of sources
 PAIRS = 2**24  # the most elements of [B,T,S,D] or [B,T,S,H,D]: what a block of pairs exchanges

@@ -5,13 +5,17 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from arrakis_jax.axes import Array, Int, over
-from arrakis_jax.config import ModelConfig
+from arrakis_jax.core.axes import (
+    Array,
+    Int,
+    over,
+)
+from arrakis_jax.core.config import ModelConfig
+from arrakis_jax.nn.context import Where
 from arrakis_jax.nn.linear import affine, constant, flat_affine, product, softcap, weight, writers
 from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.rotary import rotate
 from arrakis_jax.nn.site import Sites
-from arrakis_jax.nn.where import Where
 
 
 class Attention(nnx.Module):

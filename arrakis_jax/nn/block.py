@@ -3,14 +3,17 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from arrakis_jax.axes import Array, Int
-from arrakis_jax.config import ModelConfig
+from arrakis_jax.core.axes import (
+    Array,
+    Int,
+)
+from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.nn.attention import Attention
+from arrakis_jax.nn.context import Where
 from arrakis_jax.nn.mlp import MLP
 from arrakis_jax.nn.moe import MoE
 from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.site import Sites
-from arrakis_jax.nn.where import Where
 
 
 class Block(nnx.Module):

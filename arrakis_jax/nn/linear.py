@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from arrakis_jax.axes import Array, over
-from arrakis_jax.config import ModelConfig
+from arrakis_jax.core.axes import (
+    Array,
+    over,
+)
+from arrakis_jax.core.config import ModelConfig
 
 
 def weight(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, config: ModelConfig) -> nnx.Param:

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from arrakis_jax.axes import Array
-from arrakis_jax.config import ModelConfig
+from arrakis_jax.core.axes import Array
+from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.nn.linear import affine, constant, weight, writers
 from arrakis_jax.nn.site import Sites
 

@@ -7,12 +7,17 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from arrakis_jax.axes import Array, Float, Int
-from arrakis_jax.config import ModelConfig
+from arrakis_jax.core.axes import (
+    Array,
+    Float,
+    Int,
+)
+from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.nn.linear import affine, constant, product, weight, writers
 from arrakis_jax.nn.mlp import MLP, activated
 from arrakis_jax.nn.site import Sites
-from arrakis_jax.residuals import ABSENT, Routing
+from arrakis_jax.results.record import ABSENT
+from arrakis_jax.stream.residuals import Routing
 
 
 class MoE(nnx.Module):

@@ -3,8 +3,11 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from arrakis_jax.axes import Array, over
-from arrakis_jax.config import ModelConfig
+from arrakis_jax.core.axes import (
+    Array,
+    over,
+)
+from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.nn.linear import constant
 from arrakis_jax.nn.site import Sites
 

@@ -8,8 +8,16 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.axes import Array, Float, Int, over
-from arrakis_jax.config import ModelConfig, RopeScaling
+from arrakis_jax.core.axes import (
+    Array,
+    Float,
+    Int,
+    over,
+)
+from arrakis_jax.core.config import (
+    ModelConfig,
+    RopeScaling,
+)
 
 
 def frequencies(

@@ -6,8 +6,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from arrakis_jax.axes import Array, Bool, Int
-from arrakis_jax.residuals import select_positions
+from arrakis_jax.core.axes import (
+    Array,
+    Bool,
+    Int,
+)
+from arrakis_jax.stream.padding import select_positions
 
 
 @dataclass

@@ -9,29 +9,38 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from arrakis_jax.axes import Array, Bool, Float, Int, over
-from arrakis_jax.config import ModelConfig
-from arrakis_jax.edits import Edit
-from arrakis_jax.errors import expected
+from arrakis_jax.core.axes import (
+    Array,
+    Bool,
+    Float,
+    Int,
+    over,
+)
+from arrakis_jax.core.config import ModelConfig
+from arrakis_jax.core.errors import expected
+from arrakis_jax.core.numerics import contract
 from arrakis_jax.nn.block import Block
+from arrakis_jax.nn.context import Positions
 from arrakis_jax.nn.linear import constant, product, softcap, weight
 from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.site import Sites
-from arrakis_jax.nn.where import Positions
-from arrakis_jax.numerics import contract
-from arrakis_jax.places import Places
-from arrakis_jax.residuals import (
-    ABSENT,
+from arrakis_jax.results.record import ABSENT
+from arrakis_jax.stream.capture import (
+    Capture,
+    as_capture,
+)
+from arrakis_jax.stream.edits import Edit
+from arrakis_jax.stream.fields import (
     ROUTING_SITES,
     SEGMENTED,
     UNSTACKED,
-    Capture,
+    lacking,
+)
+from arrakis_jax.stream.padding import Places, select_positions
+from arrakis_jax.stream.residuals import (
     ModelOutput,
     ResidualStream,
     Routing,
-    as_capture,
-    lacking,
-    select_positions,
 )
 
 Edits = tuple[Edit | Callable, ...]

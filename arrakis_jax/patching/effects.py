@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.axes import Array, Float
-from arrakis_jax.checks import checked_choice, checked_count
-from arrakis_jax.errors import expected
-from arrakis_jax.numerics import contract
+from arrakis_jax.core.axes import Array, Float
+from arrakis_jax.core.checks import checked_choice, checked_count
+from arrakis_jax.core.errors import expected
+from arrakis_jax.core.numerics import contract
 from arrakis_jax.patching.pairs import HEADS, as_names
-from arrakis_jax.residuals import ABSENT, UNSTACKED, Record
-from arrakis_jax.table import Table
+from arrakis_jax.results.record import ABSENT, Record
+from arrakis_jax.results.table import Table
+from arrakis_jax.stream.fields import UNSTACKED
 
 AXES = ("layer", "position", "head", "neuron")
 
@@ -240,17 +241,6 @@ def rows_of(
     for row in range(values.shape[1]):
         for i in every if index is None else index[:, row]:
             yield int(i), row, float(values[i, row])
-
-
-def edge_table(effects: Effects, k: int | None, there: Any = None) -> Table:
-    """A row for each edge and example, or for the k largest of each; of those that are there."""
-    table = Table({name: [] for name in ("edge", "writer", "reader", "row", "effect")})
-    for which, row, value in rows_of(effects.terms, k, there):
-        edge = effects.labels[which]
-        entries = (str(edge), str(edge.writer), str(edge.reader), row, value)
-        for name, entry in zip(table, entries, strict=True):
-            table[name].append(entry)
-    return table
 
 
 def bootstrap(

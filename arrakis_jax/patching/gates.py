@@ -10,12 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.axes import Array, Float
+from arrakis_jax.core.axes import (
+    Array,
+    Float,
+)
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.patching.effects import axes_of
 from arrakis_jax.patching.pairs import fields_of
-from arrakis_jax.patching.sweep import site_axis
-from arrakis_jax.residuals import UNSTACKED
+from arrakis_jax.patching.patch_sweep import site_axis
+from arrakis_jax.stream.fields import UNSTACKED
 
 
 @jax.tree_util.register_dataclass

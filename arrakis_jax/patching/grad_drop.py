@@ -11,15 +11,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.axes import Array, Float
+from arrakis_jax.core.axes import (
+    Array,
+    Float,
+)
+from arrakis_jax.forward.targets import (
+    Target,
+    read_target,
+)
+from arrakis_jax.nn.context import Positions
 from arrakis_jax.nn.site import Sites
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.nn.where import Positions
 from arrakis_jax.patching.gates import Gate, openings_of, together, with_openings
 from arrakis_jax.patching.qk_fix import READ, fixed
-from arrakis_jax.places import Places
-from arrakis_jax.residuals import UNSTACKED
-from arrakis_jax.targets import Target, read_target
+from arrakis_jax.stream.fields import UNSTACKED
+from arrakis_jax.stream.padding import Places
 
 WRITES = ("attn_out", "mlp_out")
 

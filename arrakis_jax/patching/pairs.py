@@ -6,12 +6,19 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.axes import Array
-from arrakis_jax.checks import checked_choice, checked_tokens
-from arrakis_jax.config import ModelConfig
-from arrakis_jax.errors import expected
+from arrakis_jax.core.axes import Array
+from arrakis_jax.core.checks import (
+    checked_choice,
+    checked_tokens,
+)
+from arrakis_jax.core.config import ModelConfig
+from arrakis_jax.core.errors import expected
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.residuals import UNSTACKED, ResidualStream, lacking
+from arrakis_jax.stream.fields import (
+    UNSTACKED,
+    lacking,
+)
+from arrakis_jax.stream.residuals import ResidualStream
 
 PATCHES = ("resample", "mean", "zero")
 HEADS = ("q", "k", "v", "z", "pattern")

@@ -10,13 +10,20 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from arrakis_jax.axes import Array, Float, Int
+from arrakis_jax.core.axes import (
+    Array,
+    Float,
+    Int,
+)
+from arrakis_jax.core.numerics import contract
 from arrakis_jax.nn.attention import Attention
+from arrakis_jax.nn.context import (
+    Positions,
+    Where,
+)
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.nn.where import Positions, Where
-from arrakis_jax.numerics import contract
-from arrakis_jax.places import Places
-from arrakis_jax.residuals import ResidualStream
+from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.residuals import ResidualStream
 
 # What a run must capture for `qk_effects`.
 READ = ("q", "k", "v")

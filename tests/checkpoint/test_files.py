@@ -12,7 +12,7 @@ from safetensors.torch import load_file as load_torch
 
 from arrakis_jax.checkpoint import from_pretrained
 from arrakis_jax.checkpoint.files import open_folder
-from arrakis_jax.errors import CheckpointError
+from arrakis_jax.core.errors import CheckpointError
 from tests.checkpoint.writers import GPT2, LLAMA, W_Q, same, shard, tensors_of, write
 
 

@@ -13,7 +13,7 @@ import pytest
 from arrakis_jax import run
 from arrakis_jax.checkpoint import from_pretrained, load, partition, save, weights
 from arrakis_jax.checkpoint.parameters import parameters
-from arrakis_jax.errors import CheckpointError
+from arrakis_jax.core.errors import CheckpointError
 from arrakis_jax.families import family_for
 from tests.checkpoint.writers import (
     GPT2,
@@ -160,7 +160,10 @@ def test_stories_continue_as_published(stories):
         "Once upon a time, there was a little girl named Lily. She loved to play outside in the "
         "park. One day, she saw a big, red ball. She wanted to play with it, but it was too high."
     )
-    from arrakis_jax.tokens import encode, tokenizer_for
+    from arrakis_jax.text import (
+        encode,
+        tokenizer_for,
+    )
 
     want = encode(tokenizer_for(stories), published)[0][0]
     assert len(want) > 60

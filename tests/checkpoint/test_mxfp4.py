@@ -8,7 +8,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from arrakis_jax.checkpoint import from_pretrained
 from arrakis_jax.checkpoint.files import Tensor
 from arrakis_jax.checkpoint.mxfp4 import dequantised, unpacked
-from arrakis_jax.errors import CheckpointError
+from arrakis_jax.core.errors import CheckpointError
 from tests.checkpoint.writers import GPT_OSS, same, tensors_of, write
 
 # OCP Microscaling Formats (MX) Specification 1.0, 5.3.3: E2M1, sign, exponent and mantissa.

@@ -12,8 +12,8 @@ import pytest
 
 from arrakis_jax import ModelConfig
 from arrakis_jax.checkpoint import from_pretrained, save
-from arrakis_jax.config import RopeScaling
-from arrakis_jax.errors import CheckpointError
+from arrakis_jax.core.config import RopeScaling
+from arrakis_jax.core.errors import CheckpointError
 from tests.checkpoint.writers import GPT_OSS, SEGMENTS, logits, same, write
 from tests.families.cases import TINY
 

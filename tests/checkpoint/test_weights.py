@@ -10,7 +10,7 @@ from arrakis_jax.checkpoint import export_weights, from_pretrained
 from arrakis_jax.checkpoint.files import Tensor
 from arrakis_jax.checkpoint.parameters import named
 from arrakis_jax.checkpoint.weights import sources
-from arrakis_jax.errors import CheckpointError
+from arrakis_jax.core.errors import CheckpointError
 from arrakis_jax.families import family_for
 from tests.checkpoint.writers import (
     GPT2,

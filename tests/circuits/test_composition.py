@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax import export
 
-from arrakis_jax.axes import over
 from arrakis_jax.circuits.composition import _variance, composition_baseline, composition_scores
 from arrakis_jax.circuits.matrices import ov_matrices, qk_matrices
+from arrakis_jax.core.axes import over
 from tests.models import close, compilations, model
 from tests.test_induction import PREV, V, induction_model
 

@@ -16,7 +16,10 @@ from arrakis_jax import (
     run,
     token_id,
 )
-from arrakis_jax.circuits.patterns import head_scores, repeated_tokens
+from arrakis_jax.circuits.head_scores import (
+    head_scores,
+    repeated_tokens,
+)
 from arrakis_jax.demo import text
 
 N, DRAWS = 25, 20

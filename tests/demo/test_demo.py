@@ -10,7 +10,7 @@ from arrakis_jax import encode, run, token_id
 from arrakis_jax.demo import FOLDER, text
 from arrakis_jax.demo.evaluate import figures
 from arrakis_jax.demo.train import build_tokenizer
-from arrakis_jax.tokens import tokenizer_for
+from arrakis_jax.text import tokenizer_for
 
 SENTENCE = "When Mary and John went to the store, John gave a drink to"
 

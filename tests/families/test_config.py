@@ -7,7 +7,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from arrakis_jax.config import RopeScaling
+from arrakis_jax.core.config import RopeScaling
 from arrakis_jax.families import config_for, families, family_for
 
 FAMILIES = {family.name: family for family in families().values()}

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from arrakis_jax.attribution.gradients import residual_gradients
+from arrakis_jax.attribution.residual_gradients import residual_gradients
 from arrakis_jax.checkpoint import from_pretrained
-from arrakis_jax.forward import run
+from arrakis_jax.forward.run import run
 from tests.families import reference
 from tests.families.cases import CASES, OLD
 

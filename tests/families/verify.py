@@ -17,7 +17,7 @@ import numpy as np
 
 import arrakis_jax
 from arrakis_jax import Transformer, decompose, from_pretrained, run
-from arrakis_jax.decomposition.parts import BY
+from arrakis_jax.terms.layer import BY
 from tests.families import reference
 from tests.families.cases import CASES, TINY
 

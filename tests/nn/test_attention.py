@@ -12,9 +12,9 @@ from flax import nnx
 
 from arrakis_jax import RopeScaling, Transformer, residual_gradients, run
 from arrakis_jax.nn import rotary
+from arrakis_jax.nn.context import slopes
 from arrakis_jax.nn.rotary import rotate
-from arrakis_jax.nn.where import slopes
-from arrakis_jax.places import Places
+from arrakis_jax.stream.padding import Places
 from tests.models import LLAMA3, close, config, model
 
 

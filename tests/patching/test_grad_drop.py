@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from arrakis_jax import Logit, run
-from arrakis_jax.attribution.gradients import target_value
-from arrakis_jax.patching.nodes import attribution_patching
+from arrakis_jax.attribution.residual_gradients import target_value
+from arrakis_jax.forward.targets import checked_target
+from arrakis_jax.patching.attribution_patching import attribution_patching
 from arrakis_jax.patching.qk_fix import qk_effects
-from arrakis_jax.targets import checked_target
 from benchmarks.cost import dots, flops
 from tests.models import close, model
-from tests.patching.test_nodes import (
+from tests.patching.test_attribution_patching import (
     ALL,
     OVER,
     TARGET,

@@ -1,0 +1,253 @@
+"""What each head looks at: the previous token, the first, an earlier copy, or what followed it."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from arrakis_jax.core.axes import (
+    Array,
+    Bool,
+    Float,
+    Int,
+)
+from arrakis_jax.core.checks import (
+    Mask,
+    Tokens,
+    checked_choice,
+    checked_tokens,
+)
+from arrakis_jax.core.errors import expected
+from arrakis_jax.core.numerics import ratio
+from arrakis_jax.forward.run import compiled
+from arrakis_jax.forward.source import (
+    batch_of,
+    over_layers,
+    stream_of,
+)
+from arrakis_jax.nn.transformer import Layer, Transformer
+from arrakis_jax.results.record import Record
+from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.residuals import (
+    ModelOutput,
+    ResidualStream,
+)
+
+KINDS = ("previous", "first", "duplicate", "induction")
+DEFINITIONS = ("mean", "mul")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True, repr=False)
+class HeadScores(Record):
+    """How much of its attention each head gives to certain positions, in [0, 1].
+
+    Attributes:
+        previous: `[L,H,B]`, to the previous token.
+        first: `[L,H,B]`, to the first token.
+        duplicate: `[L,H,B]`, to the latest earlier copy of the current token.
+        induction: `[L,H,B]`, to the token that followed that copy.
+        repeats: `[B]`, how many tokens have an earlier copy: the queries of `duplicate`.
+        queries: `[B]`, how many have one that another token followed: those of `induction`.
+        definition: "mean" or "mul", see `head_scores`.
+    """
+
+    previous: Float[Array, "L H B"]
+    first: Float[Array, "L H B"]
+    duplicate: Float[Array, "L H B"]
+    induction: Float[Array, "L H B"]
+    repeats: Int[Array, " B"]
+    queries: Int[Array, " B"]
+    definition: str = field(metadata={"static": True})
+
+
+def repeated_tokens(
+    seed: int | np.random.Generator, ids: int | np.ndarray | list, *, n: int, batch: int, bos: int
+) -> np.ndarray:
+    """Rows of a first token and N random tokens, twice: `bos r_1..r_N r_1..r_N`.
+
+    The N tokens of a row are drawn without replacement, so that none repeats but by design.
+
+    Args:
+        seed: a seed, or a numpy generator.
+        ids: the token ids to draw from, or their number V for all of [0, V); `bos` is left out.
+        n: N, how many tokens.
+        batch: B, how many rows.
+        bos: the id of the first token.
+
+    Returns:
+        `[B, 1 + 2N]` token ids, a numpy array.
+
+    Raises:
+        ValueError: if there are fewer than N ids.
+
+    Example:
+        >>> repeated_tokens(0, 451, n=25, batch=4, bos=1).shape
+        (4, 51)
+
+    Reference:
+        Olsson et al. 2022, In-context Learning and Induction Heads.
+    """
+    rng = np.random.default_rng(seed)
+    given = np.asarray(ids)
+    pool = np.arange(int(given)) if given.ndim == 0 else np.unique(given)
+    pool = pool[pool != bos]
+    for name, value, most in (("n", n, len(pool)), ("batch", batch, None)):
+        if value < 1 or (most is not None and value > most):
+            must = "at least 1" if most is None else f"in [1, {most}], the number of ids but `bos`"
+            raise ValueError(expected(name, must, value, "choose another number"))
+    once = np.stack([rng.choice(pool, n, replace=False) for _ in range(batch)])
+    return np.concatenate([np.full((batch, 1), bos), once, once], 1)
+
+
+def head_scores(
+    model: Transformer,
+    tokens: Tokens | ResidualStream | ModelOutput,
+    *,
+    definition: str = "mean",
+    mask: Mask | None = None,
+    check: bool = False,
+) -> HeadScores:
+    """How much every head attends to the previous token, the first, a copy, and what followed it.
+
+    `score = mean over q of A[q, target(q)]`, over the queries q that have a target: `previous`
+    q - 1, `first` 0 (both for q >= 1), `duplicate` the latest p < q of the same token,
+    `induction` p + 1 (if p + 1 < q). Positions count real tokens.
+
+    On `repeated_tokens` these are the diagonals of the second copy alone: q in N+1..2N, targets
+    q - N and q - N + 1. On text every token that is met again is a query.
+
+    Patterns exist for one layer at a time.
+
+    Args:
+        model: the transformer.
+        tokens: `[B,T]` token ids, or a captured stream with `pattern` and its tokens.
+        definition: "mean" as above; "mul" as TransformerLens' head detector has it: the share of
+            all attention that lies on the targets, where `duplicate` has every earlier copy as a
+            target, `induction` what followed any of them (the query itself included), `previous`
+            q - 1 and `first` 0, summed over all queries, the first one included.
+        mask: `[B,T]`, with token ids.
+        check: also check the values of arrays that are on an accelerator.
+
+    Returns:
+        HeadScores of `[L,H,B]` arrays; 0 in rows without a query.
+
+    Raises:
+        ValueError: for a stream without a batch axis or tokens, or another definition.
+
+    Example:
+        >>> model, tokenizer = demo_model()
+        >>> tokens = repeated_tokens(0, 451, n=25, batch=8, bos=tokenizer.bos_token_id)
+        >>> induction = head_scores(model, tokens).induction.mean(-1)
+        >>> bool(induction.max() > 0.9), bool(jnp.median(induction) < 0.1)
+        (True, True)
+
+    Reference:
+        Olsson et al. 2022, In-context Learning and Induction Heads.
+    """
+    checked_choice("definition", definition, DEFINITIONS)
+    stream = stream_of(tokens, mask)
+    if stream is None:
+        tokens, mask = checked_tokens(model.config, tokens, mask, check=check)
+        return _scores(model, tokens, tokens, mask, definition=definition)
+    stream = batch_of(stream)
+    stream.need("pattern", all_layers=True, all_positions=True)
+    if stream.tokens is None:
+        do = "hand over the stream as `run` returned it"
+        raise ValueError(expected("residuals", "a stream with its tokens", "none", do))
+    return _scores(model, stream, stream.tokens, stream.mask, definition=definition)
+
+
+@compiled("definition")
+def _scores(model, source, tokens, mask, *, definition):
+    places = Places.of(tokens.shape, mask)
+    acc = model.config.acc
+    copies_BTS = _copies(tokens, places)
+    if definition == "mean":
+        reduce = _mean_at(_latest(copies_BTS, places), acc)
+    else:
+        reduce = _share_on(_targets(copies_BTS, places), acc)
+
+    def step(state: None, layer: Layer) -> tuple[None, dict[str, Array]]:
+        return state, reduce(layer.stream.pattern.astype(acc))
+
+    found = over_layers(model, source, mask, ("pattern",), None, step).stacked
+    followed = _latest(copies_BTS, places)["induction"][1]
+    return HeadScores(
+        **found,
+        repeats=copies_BTS.any(-1).sum(-1),
+        queries=followed.sum(-1),
+        definition=definition,
+    )
+
+
+def _copies(tokens: Int[Array, "B T"], places: Places) -> Bool[Array, "B T S"]:
+    """Which earlier positions hold the token of each position."""
+    same = tokens[:, :, None] == tokens[:, None, :]
+    earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
+    real = places.real
+    return same & earlier[None] & real[:, :, None] & real[:, None, :]
+
+
+def _latest(
+    copies_BTS: Bool[Array, "B T S"], places: Places
+) -> dict[str, tuple[Int[Array, "B T"], Bool[Array, "B T"]]]:
+    """For each kind of score, where each query's target stands on S, and which queries have one."""
+    t = copies_BTS.shape[-1]
+    copied = copies_BTS.any(-1)
+    copy_BT = t - 1 - jnp.argmax(jnp.flip(copies_BTS, -1), -1)
+    number_BT = jnp.take_along_axis(places.position, copy_BT, -1) + 1
+    followed = copied & (number_BT < places.position)
+    later = places.real & (places.position > 0)
+    targets = {
+        "previous": (places.position - 1, later),
+        "first": (jnp.zeros_like(places.position), later),
+        "induction": (number_BT, followed),
+    }
+    found = {name: (places.find(number)[0], valid) for name, (number, valid) in targets.items()}
+    return found | {"duplicate": (copy_BT, copied)}
+
+
+def _mean_at(targets: dict[str, tuple[Array, Array]], acc: jnp.dtype):
+    """The mean attention of each head to one target of each query: `[B,H,T,S]` to `[H,B]`."""
+
+    def reduce(pattern_BHTS: Float[Array, "B H T S"]) -> dict[str, Array]:
+        found = {}
+        for name, (index_BT, valid_BT) in targets.items():
+            at_BHT = jnp.take_along_axis(pattern_BHTS, index_BT[:, None, :, None], -1)[..., 0]
+            total_HB = jnp.where(valid_BT[:, None], at_BHT, 0).sum(-1).T
+            found[name] = ratio(total_HB, valid_BT.sum(-1)[None].astype(acc))
+        return found
+
+    return reduce
+
+
+def _targets(copies_BTS: Bool[Array, "B T S"], places: Places) -> dict[str, Bool[Array, "B T S"]]:
+    """For each kind of score, which positions count as targets in TransformerLens' definition."""
+    position, real = places.position, places.real
+    both = real[:, :, None] & real[:, None, :]
+    before = position[:, :, None] - position[:, None, :]
+    first = jnp.broadcast_to(position[:, None, :] == 0, both.shape)
+    # What followed a copy: the token before it is one.
+    back_BS = places.find(jnp.maximum(position - 1, 0))[0]
+    followed = jnp.take_along_axis(copies_BTS, back_BS[:, None, :], -1) & (position > 0)[:, None]
+    return {
+        "previous": both & (before == 1),
+        "first": both & first,
+        "duplicate": copies_BTS,
+        "induction": both & followed & (before >= 0),
+    }
+
+
+def _share_on(targets: dict[str, Array], acc: jnp.dtype):
+    """The share of each head's attention that lies on targets: `[B,H,T,S]` to `[H,B]`."""
+
+    def reduce(pattern_BHTS: Float[Array, "B H T S"]) -> dict[str, Array]:
+        total_BH = pattern_BHTS.sum((-2, -1))
+        return {
+            name: ratio(jnp.where(target_BTS[:, None], pattern_BHTS, 0).sum((-2, -1)), total_BH).T
+            for name, target_BTS in targets.items()
+        }
+
+    return reduce

@@ -1,0 +1,1 @@
+"""What everything stands on: shape letters, errors, numerics, the config and the checks."""

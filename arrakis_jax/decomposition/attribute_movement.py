@@ -1,0 +1,171 @@
+"""Who moved the stream: the change between two of its points, split over what was written."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from arrakis_jax.core.axes import (
+    Array,
+    Float,
+)
+from arrakis_jax.core.checks import (
+    Mask,
+    Tokens,
+    checked_positions,
+    checked_tokens,
+)
+from arrakis_jax.core.config import ModelConfig
+from arrakis_jax.core.errors import expected
+from arrakis_jax.core.numerics import (
+    norm,
+    ratio,
+)
+from arrakis_jax.decomposition.attribute_to import (
+    point_in,
+    point_of,
+)
+from arrakis_jax.forward.run import compiled
+from arrakis_jax.forward.source import stream_of
+from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.results.labels import Labels
+from arrakis_jax.results.terms import Values
+from arrakis_jax.stream.residuals import (
+    ModelOutput,
+    ResidualStream,
+)
+from arrakis_jax.terms.capture import (
+    WHOLE,
+    captured,
+    checked_by,
+)
+from arrakis_jax.terms.decomposition import Decomposition
+from arrakis_jax.terms.points import (
+    checked_point,
+    located,
+)
+from arrakis_jax.terms.stream import (
+    Span,
+    terms,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True, repr=False)
+class MovementAttribution(Values):
+    """How much each of C terms moves the stream from a point a to a point b, `delta = b - a`.
+
+    Attributes:
+        terms: `[C,B,T]`, `x_c . delta / |delta|^2`, shares of the movement, which sum to 1. A term
+            that undoes what others do has a negative share.
+        growth: `[C,B,T]`, `x_c . (a + b)`, which sum to `|b|^2 - |a|^2`.
+        distance: `[B,T]`, `|delta|`.
+        gap: `[B,T]`, `|1 - sum(terms)|` over the sum of absolute terms.
+        labels: what each term is.
+    """
+
+    terms: Float[Array, "C B T"]
+    growth: Float[Array, "C B T"]
+    distance: Float[Array, "B T"]
+    gap: Float[Array, "B T"]
+    labels: Labels = field(metadata={"static": True})
+
+
+def attribute_movement(
+    model: Transformer,
+    tokens: Tokens | ResidualStream | ModelOutput,
+    start: int | str | tuple[str, int],
+    end: int | str | tuple[str, int] = "final",
+    *,
+    by: str = "component",
+    positions: tuple[int, ...] | None = None,
+    mask: Mask | None = None,
+    check: bool = False,
+) -> MovementAttribution:
+    """Who moved the stream from one point to another: exactly, term by term.
+
+    The terms are those of `decompose` that are written between the points. They sum to the
+    movement, so their shares `x_c . delta / |delta|^2` sum to 1, and their shares of the squared
+    norm's growth, `x_c . (a + b)`, to `|b|^2 - |a|^2`. With norms on the stream itself, whose
+    scales are held as they were, there is one more term, "norm": what those between the points
+    change of the stream at the first.
+
+    Args:
+        model: the transformer.
+        tokens: `[B,T]` token ids, or a captured stream, with the fields of `capture_for(by)` and
+            both points (resid_pre, resid_mid, final).
+        start: the point a: `("resid_pre" | "resid_mid" | "resid_post", layer)`; an int n is short
+            for `("resid_post", n)`.
+        end: the point b, after a; "final" is the last.
+        by: "component", "head", "neuron", "expert" or "source", as in `decompose`.
+        positions: these positions only, counted in real tokens.
+        mask: `[B,T]`, with token ids.
+        check: also check the values of arrays that are on an accelerator.
+
+    Returns:
+        A MovementAttribution, zero at padding.
+
+    Raises:
+        ValueError: if b is not after a, or the model does not have one of them.
+
+    Example:
+        >>> model, tokenizer = demo_model()
+        >>> tokens, _ = encode(tokenizer, "Alice and Tom")
+        >>> found = attribute_movement(model, tokens, 0, 2, by="head")
+        >>> found.terms.shape, bool(jnp.allclose(found.terms.sum(0), 1, atol=1e-5))
+        ((10, 1, 4), True)
+
+    Reference:
+        Elhage et al. 2021, A Mathematical Framework for Transformer Circuits, "Residual stream".
+    """
+    config = model.config
+    checked_by(config, by)
+    span = Span(_point(end, "end", config), _point(start, "start", config))
+    if span.begins == span.ends or max(b - e for b, e in zip(*span[::-1], strict=True)) > 0:
+        do = "the terms are what is written from start to end"
+        raise ValueError(expected("end", f"a point after start={start!r}", repr(end), do))
+    stream = stream_of(tokens, mask)
+    if stream is None:
+        tokens, mask = checked_tokens(config, tokens, mask, check=check)
+        positions = checked_positions(positions, tokens.shape, mask)
+        return _run_and_split(model, tokens, mask, span=span, by=by, positions=positions)
+    stream.need("mask", all_positions=by in WHOLE)
+    positions = checked_positions(positions, stream.mask.shape, stream.mask)
+    return _split(model, stream, span=span, by=by, positions=positions)
+
+
+def _point(point: Any, name: str, config: ModelConfig) -> tuple[int, int]:
+    return checked_point(("resid_post", point) if isinstance(point, int) else point, config, name)
+
+
+@compiled("span", "by", "positions")
+def _run_and_split(model, tokens, mask, *, span, by, positions):
+    points = {point_of(ends, model.config)[0] for ends in span}
+    stream = captured(model, tokens, mask, by, positions=positions, also=tuple(sorted(points)))
+    return _shares(model, stream, span, by, positions)
+
+
+@compiled("span", "by", "positions")
+def _split(model, stream, *, span, by, positions):
+    return _shares(model, stream, span, by, positions)
+
+
+def _shares(model, stream, span, by, positions):
+    config = model.config
+    ends, begins = (point_of(which, config) for which in span)
+    stream.need(begins[0], ends[0])
+    stream, number = located(stream, positions, by)
+    a, b = (point_in(stream, point).astype(config.acc) for point in (begins, ends))
+    parts = Decomposition(*terms(model, stream, number, span, by=by, origin=a))
+    delta = b - a
+    distance = norm(delta)
+    shares = ratio(parts.along(delta), jnp.square(distance)[None])
+    missing = jnp.where(distance > 0, 1 - shares.sum(0), 0)
+    return MovementAttribution(
+        terms=shares,
+        growth=parts.along(a + b),
+        distance=distance,
+        gap=ratio(jnp.abs(missing), jnp.abs(shares).sum(0)),
+        labels=parts.labels,
+    )

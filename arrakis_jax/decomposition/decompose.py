@@ -1,0 +1,115 @@
+"""The stream at one point as the sum of everything written before it, kept as factors."""
+
+from typing import Any
+
+from arrakis_jax.core.checks import Mask, checked_layers, checked_positions, checked_tokens
+from arrakis_jax.core.errors import expected
+from arrakis_jax.forward.run import compiled
+from arrakis_jax.forward.source import stream_of
+from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
+from arrakis_jax.terms.capture import WHOLE, captured, checked_by
+from arrakis_jax.terms.decomposition import Decomposition
+from arrakis_jax.terms.points import checked_point, located
+from arrakis_jax.terms.stream import Span, checked_kinds, terms
+
+
+def decompose(
+    model: Transformer,
+    residuals: ResidualStream | ModelOutput | Any,
+    *,
+    at: str | tuple[str, int] = "final",
+    layer: int | None = None,
+    by: str = "component",
+    layers: tuple[int, ...] | None = None,
+    kinds: tuple[str, ...] | None = None,
+    positions: tuple[int, ...] | None = None,
+    mask: Mask | None = None,
+) -> Decomposition:
+    """What wrote the residual stream at one point.
+
+    `x = embed + pos + sum_l (attn_l + mlp_l)`, with `attn_l = sum_h z_lh w_o[l,h] + b_o[l]` and
+    `mlp_l = sum_n a_ln w_out[l,n] + b_out[l]`; with experts `mlp_l = sum_e g_le (sum_n a_len
+    w_out[l,e,n] + b_out[l,e])`, `g` zero for experts that a token is not sent to.
+    The terms sum to the stream at `at` (if no layers are left out). A head's term includes its
+    value bias. What attention or MLP writes through a norm, or what the stream itself is put
+    through, has that norm's scale frozen as it was: a linear map of every term (and the norm's
+    bias, a term). What an edit of the stream itself (resid_pre, resid_mid, resid_post, final)
+    adds is no term: the sum then lacks it; so with an edit of attn_out or mlp_out, where finer
+    terms than these are asked for.
+
+    Args:
+        model: the transformer.
+        residuals: a captured stream (`capture_for(by)` names the fields), or token ids `[B,T]`,
+            which are then run.
+        at: "final", or `("resid_pre" | "resid_mid" | "resid_post", layer)`.
+        layer: `layer=n` is short for `at=("resid_post", n)`.
+        by: "component" (kinds embed, pos, attn, mlp), "head" (embed, pos, head, attn_bias, mlp),
+            "neuron" (embed, pos, attn, neuron, mlp_bias; with experts neuron n of expert e is
+            e * F + n, those of the shared expert follow, and mlp_bias counts experts),
+            "expert" (embed, pos, attn, expert, shared_expert; mlp in layers without experts) or
+            "source" (as "head", with each head split into what it read from each position:
+            `pattern[t,s] v_s w_o`; `label.source` is the column s of `tokens`).
+            Kinds that the model does not have are left out; norm_bias is added where there is
+            one. A model whose stream is rounded (`stream_dtype`) also has attn_rounding and
+            mlp_rounding, and needs a stream captured with resid_pre, attn_out, resid_mid, mlp_out
+            and final besides.
+        layers: list the terms of these layers only; their sum is then not the stream.
+        kinds: list the terms of these kinds only, such as `("head",)`.
+        positions: these positions only, counted in real tokens (T in the result is their number).
+        mask: `[B,T]`, with token ids.
+
+    Returns:
+        A Decomposition of C terms.
+
+    Raises:
+        NotCapturedError: if the stream lacks a field, a layer or a position that this needs.
+        ValueError: for a point that the model does not have (resid_mid of a parallel block).
+
+    Example:
+        >>> model, tokenizer = demo_model()
+        >>> tokens, mask = encode(tokenizer, "Alice and Tom")
+        >>> out = run(model, tokens, capture=capture_for("head"))
+        >>> parts = decompose(model, out, by="head")
+        >>> len(parts.labels), parts.labels[1], parts.norms().shape
+        (21, Label(layer=0, kind='head', index=0, source=None), (21, 1, 4))
+        >>> bool(jnp.allclose(parts.terms.sum(0), out.residuals.final, atol=1e-4))
+        True
+
+    Reference:
+        Elhage et al. 2021, A Mathematical Framework for Transformer Circuits, "Residual stream".
+    """
+    config = model.config
+    checked_by(config, by)
+    if layer is not None:
+        if at != "final":
+            do = "give one of them"
+            raise ValueError(expected("at", "'final' when layer is given", repr(at), do))
+        at = ("resid_post", layer)
+    options = {
+        "span": Span(checked_point(at, config)),
+        "by": by,
+        "layers": checked_layers(layers, config.n_layers),
+        "kinds": checked_kinds(kinds),
+    }
+    stream = stream_of(residuals, mask)
+    if stream is not None:
+        stream.need("mask", all_positions=by in WHOLE)
+        positions = checked_positions(positions, stream.mask.shape, stream.mask)
+        return _decompose(model, stream, positions=positions, **options)
+    tokens, mask = checked_tokens(config, residuals, mask, name="residuals")
+    positions = checked_positions(positions, tokens.shape, mask)
+    return _run_and_decompose(model, tokens, mask, positions=positions, **options)
+
+
+@compiled("positions", "span", "by", "layers", "kinds")
+def _decompose(model, stream, *, positions, span, by, layers, kinds):
+    here = located(stream, positions, by)
+    return Decomposition(*terms(model, *here, span, by=by, layers=layers, kinds=kinds))
+
+
+@compiled("positions", "span", "by", "layers", "kinds")
+def _run_and_decompose(model, tokens, mask, *, positions, span, by, layers, kinds):
+    stream = captured(model, tokens, mask, by, kinds=kinds, layers=layers, positions=positions)
+    here = located(stream, positions, by)
+    return Decomposition(*terms(model, *here, span, by=by, layers=layers, kinds=kinds))

@@ -1,0 +1,1 @@
+"""Patching edges: what one writer adds to the input of one reader."""

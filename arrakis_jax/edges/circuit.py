@@ -1,0 +1,356 @@
+"""Circuits: the model with only some of its edges intact, and how faithful that is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from arrakis_jax.attribution.residual_gradients import target_value
+from arrakis_jax.core.axes import (
+    Array,
+    Bool,
+    Float,
+    Int,
+)
+from arrakis_jax.core.checks import (
+    Ids,
+    Mask,
+    Tokens,
+    checked_choice,
+    checked_numbers,
+)
+from arrakis_jax.core.errors import expected
+from arrakis_jax.core.numerics import contract
+from arrakis_jax.edges.graph import Graph
+from arrakis_jax.edges.select import (
+    greedy_edges,
+    pruned,
+    top_edges,
+)
+from arrakis_jax.forward.run import compiled
+from arrakis_jax.forward.targets import (
+    Target,
+    checked_target,
+    read_target,
+)
+from arrakis_jax.frozen.writes import written
+from arrakis_jax.nn.block import Block
+from arrakis_jax.nn.context import Positions
+from arrakis_jax.nn.site import Sites
+from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.patching.pairs import checked_pair
+from arrakis_jax.results.record import Record
+from arrakis_jax.results.table import Table
+from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.residuals import ResidualStream
+
+FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+SELECT = {"top": top_edges, "greedy": greedy_edges}
+# What is held of the corrupt run in each layer, if the model has it.
+HELD = ("resid_pre", "resid_mid", "z", "attn_out", "mlp_out", "norm_attn_out_scale")
+
+
+def run_circuit(
+    model: Transformer,
+    clean: Tokens,
+    corrupt: Tokens,
+    target: Target | Callable | Ids,
+    *,
+    circuits: Bool[Array, "N R W"] | np.ndarray,
+    mask: Mask | None = None,
+    check: bool = False,
+) -> Float[Array, "N B"]:
+    """The target on the clean prompt with every edge outside of a circuit corrupted.
+
+    Reader r reads what it reads in the corrupt run, plus `u's write in this run - in the corrupt
+    run` for each writer u whose edge to r is in the circuit. All edges give the clean run, none the
+    corrupt run. Output biases, and what a norm of the output makes of them, belong to no head: they
+    are always this run's own, as is the norm's scale.
+
+    Args:
+        model: a transformer whose stream is a sum of what is written to it.
+        clean: `[B,T]` token ids.
+        corrupt: `[B,T]`, the other prompt of each pair, token for token.
+        target: what is measured, such as `Logit(3, against=4)`; of the clean prompts.
+        circuits: `[N,R,W]`, for each circuit which edges are in it, over the readers and writers of
+            `Graph.of(model.config)`. Where the graph has no edge, nothing is read.
+        mask: `[B,T]`, of both prompts.
+        check: also check the values of arrays that are on an accelerator.
+
+    Returns:
+        `[N,B]`, in units of the target. Each circuit costs about one forward and an edge
+        contraction; they are run one after another.
+
+    Raises:
+        TypeError, ValueError, IndexError: for pairs, targets or circuits that do not fit, and for a
+            model with norms on the stream itself.
+
+    Example:
+        >>> model, tokenizer = demo_model()
+        >>> clean, mask = encode(tokenizer, "Alice and Tom met, Tom gave a book to")
+        >>> corrupt, _ = encode(tokenizer, "Alice and Tom met, Alice gave a book to")
+        >>> every = jnp.asarray(Graph.of(model.config).edges)[None]
+        >>> run_circuit(model, clean, corrupt, Logit(3), circuits=every, mask=mask).shape
+        (1, 1)
+    """
+    graph = Graph.of(model.config)
+    pair = checked_pair(model, clean, corrupt, mask, check=check)
+    target = checked_target(model, pair.base, target, pair.mask)
+    shape, wanted = jnp.shape(circuits), graph.edges.shape
+    if len(shape) != 3 or shape[1:] != wanted:
+        do = "add an axis with circuits[None]" if shape == wanted else "see Graph.of(model.config)"
+        raise ValueError(expected("circuits", f"[N, {wanted[0]}, {wanted[1]}]", f"{shape}", do))
+    circuits = jnp.asarray(circuits)
+    if circuits.dtype != bool:
+        do = "say which edges are in it"
+        raise TypeError(expected("circuits", "bool", f"dtype {circuits.dtype}", do))
+    return _run_circuits(model, pair, target, circuits)[0]
+
+
+@compiled()
+def _run_circuits(model, pair, target, circuits):
+    """The target in each circuit, in the clean and in the corrupt run."""
+    config, mask = model.config, pair.mask
+    graph, acc = Graph.of(config), config.acc
+    places = Places.of(pair.base.shape, mask)
+    positions = Positions.of(config, places)
+    clean, corrupt = (model.embed(tokens, mask=mask) for tokens in (pair.base, pair.source))
+    corrupt_B, other = target_value(model, corrupt, mask, target, capture=HELD)
+    clean_B, _ = target_value(model, clean, mask, target)
+    held = {name: value for name in HELD if (value := getattr(other, name)) is not None}
+    layers = [
+        (blocks, jax.tree.map(lambda x, own=own: x[own.start : own.stop], held), own)
+        for blocks, own in model.parts()
+    ]
+    n = graph.readers_per_layer
+
+    def one(circuit_RW: Bool[Array, "R W"]) -> Float[Array, " B"]:
+        # What belongs to no head is read by all.
+        circuit_RW = jnp.pad(circuit_RW, ((0, 0), (0, 1)), constant_values=True).astype(acc)
+        inside_LnW = circuit_RW[:-1].reshape(graph.n_layers, n, -1)
+        changes_WBTD = jnp.zeros((graph.n_writers + 1, *clean.shape), acc)
+        changes_WBTD = changes_WBTD.at[0].set((clean - corrupt).astype(acc))
+
+        def step(changes_WBTD: Array, xs: tuple) -> tuple[Array, None]:
+            block, index, edges_nW, held = xs
+            about: dict[str, Any] = {**held, "mask": places.real}
+            layer = _Layer(graph, block, index, places, ResidualStream(**about))
+            return layer.changes(changes_WBTD, edges_nW, positions.at(index)), None
+
+        for blocks, held, own in layers:
+            indices = jnp.arange(own.start, own.stop)
+            xs = (blocks, indices, inside_LnW[own.start : own.stop], held)
+            changes_WBTD = jax.lax.scan(step, changes_WBTD, xs)[0]
+        read = contract("W,WBTD->BTD", circuit_RW[-1], changes_WBTD)
+        return read_target(model, other.final + read, mask, target)
+
+    return jax.lax.map(one, circuits), clean_B, corrupt_B
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer of a run in which every reader has an input of its own.
+
+    Attributes:
+        other: the corrupt run's fields in this layer.
+    """
+
+    graph: Graph
+    block: Block
+    index: Int[Array, ""]
+    places: Places
+    other: ResidualStream
+
+    def changes(self, changes_WBTD: Array, edges_nW: Array, where: Any) -> Float[Array, "W B T D"]:
+        """What all have written, against the corrupt run, with this layer's writers among them.
+
+        The last entry is what belongs to no writer.
+        """
+        graph, block, other = self.graph, self.block, self.other
+        h, g = graph.n_heads, graph.n_kv_heads
+        q_nW, k_nW, v_nW, rest_nW = jnp.split(edges_nW, [h, h + g, h + 2 * g])
+        capture = frozenset(("z", "norm_attn_out_scale"))
+        site = Sites(capture=capture, mask=self.places.mask, layer=self.index)
+        first = 1 + self.index * graph.writers_per_layer
+        before = changes_WBTD
+
+        def read(edges_nW: Array) -> Float[Array, "B T n D"]:
+            change = contract("nW,WBTD->BTnD", edges_nW, before)
+            return block.read("attn", other.resid_pre[..., None, :] + change, site)
+
+        inputs = (read(q_nW), read(k_nW), read(v_nW))
+        attn_BTD = block.attn_write(inputs, where, self.index, site) - other.attn_out
+        own: dict[str, Any] = {**site.records, "mask": self.places.real}
+        heads_HBTD = self._heads(ResidualStream(**own))
+        rest_BTD = attn_BTD - heads_HBTD.sum(0)
+        changes_WBTD = jax.lax.dynamic_update_slice_in_dim(changes_WBTD, heads_HBTD, first, 0)
+        changes_WBTD = changes_WBTD.at[-1].add(rest_BTD)
+        if not graph.has_mlp:
+            return changes_WBTD
+        seen, x_BTD = (
+            (before, other.resid_pre) if graph.parallel else (changes_WBTD, other.resid_mid)
+        )
+        x_BTD = x_BTD + contract("W,WBTD->BTD", rest_nW[0], seen)
+        y_BTD = block.read("attn" if block.config.shared_norm else "mlp", x_BTD, site)
+        mlp_BTD = block.mlp_write(y_BTD, site) - other.mlp_out
+        return jax.lax.dynamic_update_index_in_dim(changes_WBTD, mlp_BTD, first + h, 0)
+
+    def _heads(self, own: ResidualStream) -> Float[Array, "H B T D"]:
+        """What the heads write, against the corrupt run: through a norm with each run's scale."""
+        config, norm = self.block.config, self.block.norm_attn_out
+        through, share_BT = written(config, own, norm, "attn")
+        _, other_BT = written(config, self.other, norm, "attn")
+        z_BTHK = own.z * share_BT[..., None, None] - self.other.z * other_BT[..., None, None]
+        return contract("BTHK,HKD->HBTD", z_BTHK, through(self.block.attn.w_o[...]))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True, repr=False)
+class CircuitFaithfulness(Record):
+    """How much of what sets a model apart from its corrupt run is left in circuits of its edges.
+
+    `f(C) = (m(C) - m(none)) / (m(all) - m(none))`, with m the target: 0 of the corrupt and 1 of the
+    clean run, and neither a least nor a most.
+
+    Attributes:
+        target: `[N,B]`, of each circuit.
+        clean: `[B]`, with all edges.
+        corrupt: `[B]`, with none.
+        circuits: `[N,R,W]` bool, which edges are in them.
+        graph: the readers and writers.
+        fractions: how many edges were chosen, as a share of all.
+    """
+
+    target: Float[Array, "N B"]
+    clean: Float[Array, " B"]
+    corrupt: Float[Array, " B"]
+    circuits: Bool[Array, "N R W"]
+    graph: Graph = field(metadata={"static": True})
+    fractions: tuple[float, ...] = field(metadata={"static": True})
+
+    @property
+    def n_edges(self) -> Int[Array, " N"]:
+        """How many edges each circuit has; those that lead nowhere are left out."""
+        return self.circuits.sum((1, 2))
+
+    @property
+    def faithfulness(self) -> Float[Array, "N B"]:
+        """F of each example; not finite where all edges together make no difference."""
+        return (self.target - self.corrupt[None]) / (self.clean - self.corrupt)[None]
+
+    @property
+    def of_means(self) -> Float[Array, " N"]:
+        """F of the means of the target over the batch, as MIB has it."""
+        least = self.corrupt.mean()
+        return (self.target.mean(-1) - least) / (self.clean.mean() - least)
+
+    @property
+    def cpr(self) -> Float[Array, ""]:
+        """The integral of `of_means` over the fraction (circuit performance ratio)."""
+        return self._area(self.of_means)
+
+    @property
+    def cmd(self) -> Float[Array, ""]:
+        """The integral of `|1 - of_means|` (circuit-model distance)."""
+        return self._area(jnp.abs(1 - self.of_means))
+
+    def _area(self, values: Array) -> Float[Array, ""]:
+        """By trapezoids, from the first fraction to the last."""
+        return jnp.trapezoid(values, jnp.asarray(self.fractions, values.dtype))
+
+    def to_table(self) -> Table:
+        """A row for each circuit, of the batch. Columns: fraction, edges, target, faithfulness."""
+        return Table(
+            fraction=list(self.fractions),
+            edges=np.asarray(self.n_edges).tolist(),
+            target=np.asarray(self.target.mean(-1)).tolist(),
+            faithfulness=np.asarray(self.of_means).tolist(),
+        )
+
+
+def circuit_faithfulness(
+    model: Transformer,
+    clean: Tokens,
+    corrupt: Tokens,
+    target: Target | Callable | Ids,
+    *,
+    scores: Float[Array, "R W"] | np.ndarray,
+    fractions: tuple[float, ...] = FRACTIONS,
+    select: str = "top",
+    by: str = "absolute",
+    base: str = "clean",
+    mask: Mask | None = None,
+    check: bool = False,
+) -> CircuitFaithfulness:
+    """How faithful the circuits are that scores of edges choose, of growing size.
+
+    Args:
+        model: a transformer whose stream is a sum of what is written to it.
+        clean: `[B,T]` token ids.
+        corrupt: `[B,T]`, the other prompt of each pair, token for token.
+        target: what is measured, such as `Logit(3, against=4)`; of the clean prompts.
+        scores: `[R,W]`, such as `edge_attribution(...).effects.mean(-1)`.
+        fractions: how many edges to choose, as shares of all, ascending in (0, 1].
+        select: "top", the largest; or "greedy", the largest that are connected to the output. What
+            is on no path from the embedding to the output is then removed.
+        by: the order: "absolute" values, or "signed": first the edges that favour the clean run.
+        base: of which run the scores are the effects of patches, "clean" or "corrupt": the scores
+            of edges that favour the clean run are negative with the first, for such patches take
+            them away.
+        mask: `[B,T]`, of both prompts.
+        check: also check the values of arrays that are on an accelerator.
+
+    Returns:
+        CircuitFaithfulness; `cpr` and `cmd` are its areas over the fractions.
+
+    Raises:
+        TypeError, ValueError, IndexError: for pairs, targets, scores or options that do not fit.
+
+    Example:
+        >>> model, tokenizer = demo_model()
+        >>> clean, mask = encode(tokenizer, "Alice and Tom met, Tom gave a book to")
+        >>> corrupt, _ = encode(tokenizer, "Alice and Tom met, Alice gave a book to")
+        >>> alice, tom = (token_id(tokenizer, name) for name in (" Alice", " Tom"))
+        >>> pair = (model, clean, corrupt, Logit(alice, tom))
+        >>> scores = edge_attribution(*pair, steps=5, mask=mask).effects.mean(-1)
+        >>> found = circuit_faithfulness(*pair, scores=scores, fractions=(0.1, 1.0), mask=mask)
+        >>> float(found.of_means[1].round(3))
+        1.0
+
+    Reference:
+        Mueller et al. 2025 (MIB); Hanna et al. 2024.
+    """
+    graph = Graph.of(model.config)
+    checked_choice("select", select, tuple(SELECT))
+    checked_choice("base", base, ("clean", "corrupt"))
+    fractions = tuple(np.atleast_1d(np.asarray(fractions, float)).tolist())
+    ends = (0.0, *fractions, 1.0)
+    if not fractions or not (np.diff(ends)[:-1] > 0).all() or fractions[-1] > 1:
+        do = "such as (0.01, 0.1, 1)"
+        raise ValueError(expected("fractions", "ascending in (0, 1]", fractions, do))
+    do = "such as edge_attribution(...).effects.mean(-1)"
+    sign = -1 if by == "signed" and base == "clean" else 1
+    scores = sign * np.asarray(checked_numbers("scores", scores, do))
+    n_edges = int(graph.edges.sum())
+    circuits = jnp.asarray(
+        np.stack(
+            [
+                pruned(SELECT[select](scores, round(k * n_edges), graph, by=by), graph)
+                for k in fractions
+            ]
+        )
+    )
+    pair = checked_pair(model, clean, corrupt, mask, check=check)
+    target = checked_target(model, pair.base, target, pair.mask)
+    target_NB, clean_B, corrupt_B = _run_circuits(model, pair, target, circuits)
+    return CircuitFaithfulness(
+        target=target_NB,
+        clean=clean_B,
+        corrupt=corrupt_B,
+        circuits=circuits,
+        graph=graph,
+        fractions=fractions,
+    )

@@ -1,0 +1,104 @@
+"""The effects of edges: a number for each pair of a reader and a writer."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+import jax
+
+from arrakis_jax.core.axes import Array, Float
+from arrakis_jax.core.errors import expected
+from arrakis_jax.edges.graph import Edge, Graph
+from arrakis_jax.patching.effects import Effects, TopEffects, rows_of, top_of
+from arrakis_jax.results.table import Table
+
+
+def edge_table(effects: Effects, k: int | None, there: Any = None) -> Table:
+    """A row for each edge and example, or for the k largest of each; of those that are there."""
+    table = Table({name: [] for name in ("edge", "writer", "reader", "row", "effect")})
+    for which, row, value in rows_of(effects.terms, k, there):
+        edge = effects.labels[which]
+        entries = (str(edge), str(edge.writer), str(edge.reader), row, value)
+        for name, entry in zip(table, entries, strict=True):
+            table[name].append(entry)
+    return table
+
+
+@dataclass(frozen=True)
+class Edges(Sequence):
+    """All pairs of a reader and a writer: pair `r * W + w` is of reader r and writer w."""
+
+    graph: Graph
+
+    def __repr__(self) -> str:
+        there = int(self.graph.edges.sum())
+        return f"Edges({self.graph.n_readers} readers x {self.graph.n_writers} writers, {there})"
+
+    def __len__(self) -> int:
+        return self.graph.n_readers * self.graph.n_writers
+
+    @overload
+    def __getitem__(self, i: int) -> Edge: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> tuple[Edge, ...]: ...
+
+    def __getitem__(self, i: int | slice) -> Edge | tuple[Edge, ...]:
+        """The edge of pair `i`, or those of a slice."""
+        if isinstance(i, slice):
+            return tuple(self[j] for j in range(*i.indices(len(self))))
+        if not -len(self) <= i < len(self):
+            raise IndexError(expected("i", f"in [{-len(self)}, {len(self)})", i, "see len()"))
+        reader, writer = divmod(int(i) % len(self), self.graph.n_writers)
+        return Edge(self.graph.writers[writer], self.graph.readers[reader])
+
+    def __iter__(self) -> Iterator[Edge]:
+        return (self[i] for i in range(len(self)))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True, repr=False)
+class EdgeEffects(Effects):
+    """What a patch of each edge alone does to a target, to first order, of each example.
+
+    Attributes:
+        effects: `[R,W,B]`, over readers and writers; zero where the graph has no edge.
+        base: `[B]`, the target of the run that is patched.
+        source: `[B]`, the target of the run that patches come from.
+        graph: the readers and writers.
+        method: how the effects were found.
+    """
+
+    effects: Float[Array, "R W B"]
+    base: Float[Array, " B"]
+    source: Float[Array, " B"]
+    graph: Graph = field(metadata={"static": True})
+    method: str = field(default="EAP", metadata={"static": True})
+
+    @property
+    def meaning(self) -> str:
+        """What the numbers are, in a sentence."""
+        return (
+            "target with the source run's write in place of the base run's in the input of one "
+            f"reader, minus the base run's target, estimated by {self.method}"
+        )
+
+    @property
+    def labels(self) -> Edges:
+        """The edge of each entry of `effects.reshape(-1, B)`."""
+        return Edges(self.graph)
+
+    def by_writer(self) -> Float[Array, "W B"]:
+        """The effect of each writer on all of its readers, to first order."""
+        return self.effects.sum(0)
+
+    def top(self, k: int) -> TopEffects:
+        """The k effects of largest absolute value of each example, `[k,B]`."""
+        return top_of(self.terms, k, self.graph.edges.reshape(-1))
+
+    def to_table(self, k: int | None = None) -> Table:
+        """A row for each edge and example, or for the k largest of each example.
+
+        Columns: edge, writer, reader, row, effect.
+        """
+        return edge_table(self, k, self.graph.edges.reshape(-1))

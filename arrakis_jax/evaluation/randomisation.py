@@ -1,0 +1,116 @@
+"""Does an attribution depend on what the model has learned? With random weights it must change."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from arrakis_jax.core.axes import (
+    Array,
+    Float,
+)
+from arrakis_jax.core.checks import (
+    checked_layers,
+    checked_seed,
+)
+from arrakis_jax.evaluation.agreement import agreement
+from arrakis_jax.forward.run import compiled
+from arrakis_jax.nn.transformer import Transformer
+
+
+def randomised_weights(
+    model: Transformer, seed: int = 0, *, layers: Any = None, outside: bool = True
+) -> Transformer:
+    """The model with the entries of each parameter in random order: same scales, nothing learned.
+
+    Args:
+        model: the transformer, left as it is.
+        seed: of the permutations.
+        layers: whose parameters are permuted, each layer's by itself; None for all.
+        outside: whether those outside of the layers are too (embeddings, final norm, unembedding).
+
+    Returns:
+        Another model of the same config.
+
+    Raises:
+        TypeError, IndexError: for layers that are not there.
+
+    Example:
+        >>> model, _ = demo_model()
+        >>> other = randomised_weights(model, layers=(3,), outside=False)
+        >>> bool((other.blocks.attn.w_q[:3] == model.blocks.attn.w_q[:3]).all())
+        True
+
+    Reference:
+        Adebayo et al. 2018, *Sanity Checks for Saliency Maps*.
+    """
+    chosen = checked_layers(layers, model.config.n_layers)
+    n_layers = model.config.n_layers
+    which = jnp.ones(n_layers, bool)
+    if chosen is not None:
+        which = jnp.zeros(n_layers, bool).at[jnp.array(chosen, int)].set(True)
+    return _randomised(model, jax.random.key(checked_seed(seed)), which, jnp.asarray(outside, bool))
+
+
+@compiled()
+def _randomised(model, key, which_L, outside):
+    paths, structure = jax.tree_util.tree_flatten_with_path(model)
+    parts = {id(block): own for block, own in model.parts()}
+    leaves = []
+    for i, (path, leaf) in enumerate(paths):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        own = jax.random.fold_in(key, i)
+        if not name.startswith(("blocks", "segments")):
+            leaves.append(jnp.where(outside, _permuted(own, leaf), leaf))
+            continue
+        number = int(name.split(".")[1]) if name.startswith("segments") else 0
+        layers = list(parts.values())[number]
+        index = jnp.arange(layers.start, layers.stop)
+        keys = jax.vmap(lambda layer, own=own: jax.random.fold_in(own, layer))(index)
+        fresh = jax.lax.map(lambda at: _permuted(*at), (keys, leaf))
+        chosen = which_L[index].reshape(-1, *(1,) * (leaf.ndim - 1))
+        leaves.append(jnp.where(chosen, fresh, leaf))
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _permuted(key: Array, x: Array) -> Array:
+    return jax.random.permutation(key, x.reshape(-1)).reshape(x.shape)
+
+
+def randomisation_check(
+    model: Transformer, attribute: Callable[[Transformer], Array], *, seed: int = 0
+) -> Float[Array, "N B"]:
+    """How an attribution changes as weights are randomised from the output down.
+
+    Args:
+        model: the transformer.
+        attribute: a function of a model that returns scores `[...,B]`. It is called L + 2 times,
+            with models of one shape, so that it compiles once.
+        seed: of the permutations.
+
+    Returns:
+        `[L+1,B]`, the rank correlation of the scores with those of the model itself: the last
+        layer randomised (with the final norm and, if it is not the embedding, the unembedding
+        left as they are), the last two, ... all layers, and last everything. An attribution that
+        explains the model must lose its correlation on the way.
+
+    Example:
+        >>> model, tokenizer = demo_model()
+        >>> tokens, mask = encode(tokenizer, "Alice and Tom met, Tom gave a book to")
+        >>> randomisation_check(
+        ...     model, lambda m: feature_attribution(m, tokens, 3, mask=mask).tokens.T
+        ... ).shape
+        (5, 1)
+
+    Reference:
+        Adebayo et al. 2018, cascading randomisation.
+    """
+    n_layers = model.config.n_layers
+    scores = attribute(model)
+    found = []
+    for first in (*range(n_layers - 1, -1, -1), None):
+        layers = None if first is None else tuple(range(first, n_layers))
+        other = randomised_weights(model, seed, layers=layers, outside=first is None)
+        found.append(agreement(attribute(other), scores).rank_correlation)
+    return jnp.stack(found)

@@ -1,0 +1,1 @@
+"""Running a model: the compiled forward, what tools read, and targets."""

@@ -1,0 +1,1 @@
+"""The model with its norms' scales frozen, which is linear."""

@@ -1,0 +1,224 @@
+"""How much each source token brings to each position, layer by layer and from the input on."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from arrakis_jax.core.axes import (
+    Array,
+    Bool,
+    Float,
+)
+from arrakis_jax.core.checks import (
+    Ids,
+    Mask,
+    Tokens,
+    checked_choice,
+    checked_ids,
+    checked_tokens,
+)
+from arrakis_jax.core.errors import expected
+from arrakis_jax.core.numerics import contract
+from arrakis_jax.forward.run import compiled
+from arrakis_jax.forward.source import (
+    batch_of,
+    over_layers,
+    stream_of,
+)
+from arrakis_jax.frozen.attention import (
+    READ,
+    read,
+)
+from arrakis_jax.movement.alti_logit import logit_flow
+from arrakis_jax.movement.contributions import (
+    alti,
+    brought_norms,
+    identity,
+    mixing,
+    normalised,
+)
+from arrakis_jax.nn.transformer import Layer, Transformer
+from arrakis_jax.results.record import (
+    ABSENT,
+    Record,
+)
+from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.residuals import (
+    ModelOutput,
+    ResidualStream,
+)
+
+TO_LOGITS = ("alti_logit", "alti_logit_complete")
+METHODS = ("attention", "value_weighted", "mixing", "rollout", "alti", *TO_LOGITS)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True, repr=False)
+class InformationFlow(Record):
+    """What source tokens S contribute to destinations T; zero at padding.
+
+    Attributes:
+        tokens: `[B,T,S]`, from the input through all layers. Rows sum to 1, or for logits are in
+            logits.
+        empty: `[B,T]`, real positions to which nothing contributed in some layer (0 by 0 is 0).
+        layers: `[L,B,T,S]`, of each layer alone: rows that sum to 1, or the logits that positions
+            of that layer bring through attention. Only if asked for.
+        total: `[L,B,T]`, the sum of each row before it was normalised: `layers * total` are the
+            norms themselves. Only with `layers`, and not for logits.
+        mixing_ratio: `[L,B,T]`, for "mixing": the norm of all that other positions bring over that
+            plus the norm of what a position keeps.
+        constant: `[B,T]`, for "alti_logit_complete": what no token brings.
+    """
+
+    tokens: Float[Array, "B T S"]
+    empty: Bool[Array, "B T"]
+    layers: Float[Array, "L B T S"] = ABSENT
+    total: Float[Array, "L B T"] = ABSENT
+    mixing_ratio: Float[Array, "L B T"] = ABSENT
+    constant: Float[Array, "B T"] = ABSENT
+
+
+def information_flow(
+    model: Transformer,
+    tokens: Tokens | ResidualStream | ModelOutput,
+    targets: Ids | None = None,
+    *,
+    method: str = "alti",
+    against: Ids | None = None,
+    layers: bool = False,
+    mask: Mask | None = None,
+    check: bool = False,
+) -> InformationFlow:
+    """How much each token of the input contributes to each position, or to a logit there.
+
+    A layer's contributions `c_ij` of position j to i, rows divided by their sums, are propagated
+    to the input: `R_l = C_l R_{l-1}`. With `f_ij = sum_h A^h_ij v^h_j W_O^h` as it is written to
+    the stream (through norms of the output and of the stream, scales as they were), and `y_i` the
+    stream after attention, biases included:
+
+    - "attention": the mean of `A` over heads.
+    - "rollout": that plus the identity.
+    - "value_weighted": `|f_ij|`.
+    - "mixing": `|f_ij + [i=j] x_i|`, with the stream `x_i` that attention adds to.
+    - "alti": `max(0, |y_i|_1 - |y_i - f_ij - [i=j] x_i|_1)`.
+    - "alti_logit": the logits `q^l_ij` that attention brings from j to i in layer l, attributed
+      through the layers before by "alti": `sum_l q^l C_{l-1} ... C_1`, as published. What the
+      embedding and MLPs write is left out, so that it does not sum to the logit.
+    - "alti_logit_complete": ours, with the embedding's logits at i itself, and those of MLPs (their
+      biases included) attributed as the stream that they read is. `tokens.sum(-1) + constant` is
+      the logit (before a soft-cap).
+
+    Rows are renormalised where attention has sinks. The MLP is taken to keep the mixture as it is,
+    except for its logits. The logits are those of each position's own target; norms that they pass
+    through are frozen.
+
+    Args:
+        model: the transformer.
+        tokens: `[B,T]` token ids, or a stream captured with "all", of which nothing is run again.
+        targets: for logits: token ids, an int, `[B]`, or `[B,T]`.
+        method: one of those above.
+        against: token ids whose logit is subtracted, or None.
+        layers: also return each layer's own contributions, `[L,B,T,S]`.
+        mask: `[B,T]`, with token ids.
+        check: also check the values of arrays that are on an accelerator.
+
+    Returns:
+        `.tokens [B,T,S]`, and what InformationFlow says.
+
+    Raises:
+        ValueError: for another method, or targets with a method that has none, or none where it
+            needs them.
+        NotCapturedError: if a stream is given that lacks a field.
+
+    Example:
+        >>> model, tokenizer = demo_model()
+        >>> tokens, mask = encode(tokenizer, ["Alice and Tom", "Lucy"])
+        >>> found = information_flow(model, tokens, mask=mask)
+        >>> found.tokens.shape, bool(jnp.allclose(found.tokens.sum(-1)[mask == 1], 1))
+        ((2, 4, 4), True)
+
+    Reference:
+        Abnar & Zuidema 2020 (rollout); Kobayashi et al. 2020, section 2 (value_weighted), and
+        2021, section 3 (mixing); Ferrando et al. 2022, section 3 (alti), and 2023 (alti_logit).
+    """
+    config = model.config
+    checked_choice("method", method, METHODS)
+    if not isinstance(layers, bool | np.bool_):
+        do = "only that decides what is returned"
+        raise TypeError(expected("layers", "True or False", repr(layers), do))
+    if (targets is not None) != (method in TO_LOGITS) or (targets is None and against is not None):
+        name = "targets" if targets is not None or method in TO_LOGITS else "against"
+        must = "token ids" if method in TO_LOGITS else "None"
+        got = "None" if targets is None and name == "targets" else "token ids"
+        do = f"only {TO_LOGITS} contribute to a logit"
+        raise ValueError(expected(name, f"{must} with method={method!r}", got, do))
+    stream = stream_of(tokens, mask)
+    if stream is None:
+        source, mask = checked_tokens(config, tokens, mask, check=check)
+        shape = source.shape
+    else:
+        source, mask = batch_of(stream), None
+        shape = source.mask.shape
+    ids = [
+        None if x is None else _ids(model, x, shape, name, check)
+        for name, x in (("targets", targets), ("against", against))
+    ]
+    return _flow(model, source, mask, *ids, method=method, layers=bool(layers))
+
+
+def _ids(model: Transformer, ids: Any, shape: tuple[int, ...], name: str, check: bool) -> Array:
+    """Token ids of every position: one for all, one a row, or one each."""
+    try:
+        each = np.ndim(ids) == 2
+    except ValueError:  # a ragged list
+        each = False
+    given = shape if each else shape[:1]
+    ids = checked_ids(model.config, ids, given, name=name, check=check)
+    return ids if each else jnp.broadcast_to(ids[:, None], shape)
+
+
+@compiled("method", "layers")
+def _flow(model, source, mask, targets, against, *, method, layers):
+    if isinstance(source, ResidualStream):
+        real = source.mask
+    else:
+        real = Places.of(source.shape, mask).real
+    if method in TO_LOGITS:
+        complete = method == "alti_logit_complete"
+        found = logit_flow(model, source, mask, real, targets, against, complete, layers)
+        return InformationFlow(**found)
+
+    def step(state: tuple, layer: Layer) -> tuple[tuple, dict[str, Array]]:
+        flow, empty = state
+        found = {}
+        raw = _contributions(model, layer, method, found)
+        own, total = normalised(raw)
+        if layers:
+            found |= {"layers": own, "total": total}
+        return (contract("BTN,BNS->BTS", own, flow), empty | ((total == 0) & real)), found
+
+    fields = ("pattern",) if method in ("attention", "rollout") else READ
+    start = (identity(real, model.config.acc), jnp.zeros(real.shape, bool))
+    passed = over_layers(model, source, mask, fields, start, step)
+    flow, empty = passed.state
+    return InformationFlow(tokens=flow, empty=empty, **passed.stacked)
+
+
+def _contributions(
+    model: Transformer, layer: Layer, method: str, found: dict[str, Array]
+) -> Float[Array, "B T S"]:
+    """A layer's contributions before rows are normalised; what else there is goes to `found`."""
+    if method in ("attention", "rollout"):
+        mean = layer.stream.pattern.astype(model.config.acc).mean(1)
+        own = identity(layer.stream.mask, mean.dtype)
+        return mean if method == "attention" else mean + own
+    brought = read(model, layer)
+    if method == "value_weighted":
+        return brought_norms(brought)
+    if method == "mixing":
+        raw, found["mixing_ratio"] = mixing(brought)
+        return raw
+    return alti(brought)

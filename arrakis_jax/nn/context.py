@@ -1,0 +1,144 @@
+"""What positions decide in attention: rotations, which keys are read, and ALiBi's biases."""
+
+import math
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from arrakis_jax.core.axes import (
+    Array,
+    Bool,
+    Float,
+    Int,
+    over,
+)
+from arrakis_jax.core.config import ModelConfig
+from arrakis_jax.nn.rotary import rotation
+from arrakis_jax.stream.padding import Places
+
+
+@dataclass(frozen=True)
+class Where:
+    """What attention of one layer takes from the positions.
+
+    Attributes:
+        rotation: cosines and sines `[B,T,K/2]`, or None without RoPE.
+        allowed: `[B,T,S]` (or `[1,T,S]`), which keys each query may read.
+        bias: `[B,H,S]`, ALiBi's bias on scores, or None.
+        before: keys and values `[B,N,G,K]` of N tokens before these; S is then N + T.
+    """
+
+    rotation: tuple[Array, Array] | None
+    allowed: Bool[Array, "B T S"]
+    bias: Float[Array, "B H S"] | None
+    before: tuple[Array, Array] | None = None
+
+
+@dataclass(frozen=True)
+class Positions:
+    """`Where` for every layer: each kind of it is computed once, outside the scan over layers.
+
+    Attributes:
+        rotations: the kinds of rotation; None stands for no rotation at all in any layer.
+        turns: the kind of each layer.
+        reaches: the kinds of `allowed`.
+        windows: the kind of each layer.
+        bias: ALiBi's bias.
+        before: keys and values `[L,B,N,G,K]` of the tokens before these.
+    """
+
+    rotations: list[tuple[Array, Array]] | None
+    turns: np.ndarray
+    reaches: list[Array]
+    windows: np.ndarray
+    bias: Array | None
+    before: tuple[Array, Array] | None = None
+
+    @classmethod
+    def of(cls, config: ModelConfig, places: Places) -> "Positions":
+        """Everything that the layers of this config need, for tokens at these places."""
+        windowed = _per_layer(config, config.window_layers, config.window is not None)
+        rotations, turns = None, np.zeros(len(windowed), int)
+        if config.rope_theta is not None:
+            rotations, turns = _rotations(config, places, windowed)
+        spans = [config.window if kind else None for kind in np.unique(windowed)]
+        return cls(
+            rotations=rotations,
+            turns=turns,
+            reaches=[places.allowed(span) for span in spans],
+            windows=windowed if len(spans) > 1 else np.zeros(len(windowed), int),
+            bias=alibi(config, places.position) if config.positions == "alibi" else None,
+        )
+
+    def after(self, before: tuple[Array, Array]) -> "Positions":
+        """The same of the tokens after those whose keys and values these are."""
+        n = before[0].shape[2]
+        rotations, reaches = jax.tree.map(lambda x: x[:, n:], (self.rotations, self.reaches))
+        return replace(self, rotations=rotations, reaches=reaches, before=before)
+
+    def at(self, layer: Int[Array, ""]) -> Where:
+        """What this layer needs."""
+        turn = None if self.rotations is None else _pick(self.rotations, self.turns, layer)
+        before = jax.tree.map(lambda x: x[layer], self.before)
+        return Where(turn, _pick(self.reaches, self.windows, layer), self.bias, before)
+
+
+def _per_layer(config: ModelConfig, given: tuple[bool, ...] | None, default: bool) -> np.ndarray:
+    return np.array((default,) * max(config.n_layers, 1) if given is None else given, int)
+
+
+def _rotations(
+    config: ModelConfig, places: Places, windowed: np.ndarray
+) -> tuple[list[tuple[Array, Array]], np.ndarray]:
+    """The kinds of rotation: ordinary, in layers with a window, none; and each layer's."""
+    theta, longest = config.rope_theta, places.count.max(initial=0)
+    assert theta is not None
+    kinds = windowed * (config.window_rope_theta is not None)
+    kinds = np.where(_per_layer(config, config.rope_layers, True), kinds, 2)
+    rotations = []
+    for kind in np.unique(kinds):
+        if kind == 1:
+            theta, scaling = config.window_rope_theta or theta, config.window_rope_scaling
+        else:
+            theta, scaling = config.rope_theta or theta, config.rope_scaling
+        cos, sin = rotation(config, theta, scaling, places.position, longest)
+        rotations.append((jnp.ones_like(cos), jnp.zeros_like(sin)) if kind == 2 else (cos, sin))
+    return rotations, np.searchsorted(np.unique(kinds), kinds)
+
+
+def _pick(kinds: list, index: np.ndarray, layer: Int[Array, ""]):
+    """The kind of a layer."""
+    if len(kinds) == 1:
+        return kinds[0]
+    which = jnp.asarray(index)[layer]
+    return jax.tree.map(
+        lambda *values: jax.lax.dynamic_index_in_dim(jnp.stack(values), which, keepdims=False),
+        *kinds,
+    )
+
+
+def alibi(config: ModelConfig, position_BS: Int[Array, "B S"]) -> Float[Array, "B H S"]:
+    """ALiBi's bias on the scores of each key: its slope times the key's position.
+
+    (Press et al. 2022 subtract the query's position too, which no softmax sees.)
+    """
+    position = position_BS[..., None, :].astype(config.acc)
+    slope = over(jnp.asarray(slopes(config.n_heads), config.acc)[:, None], position)
+    if not config.falcon_alibi:
+        return slope * position
+    return _bfloat16(_bfloat16(slope) * _bfloat16(position))
+
+
+def _bfloat16(x: Array) -> Array:
+    """Rounded to bfloat16; `astype` there and back is a rounding that XLA may leave out."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+def slopes(n_heads: int) -> np.ndarray:
+    """`[H]`, ALiBi's slopes: powers of two for a power of two of heads, and some between."""
+    power = 2 ** math.floor(math.log2(n_heads))
+    first = 2.0 ** (-8 / power * np.arange(1, power + 1))
+    between = 2.0 ** (-4 / power * np.arange(1, 2 * (n_heads - power) + 1, 2))
+    return np.concatenate([first, between])

@@ -1,0 +1,285 @@
+"""Exact activation patching of every cell: each layer, position, head or neuron by itself."""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from arrakis_jax.core.axes import (
+    Array,
+    Float,
+)
+from arrakis_jax.core.checks import (
+    Mask,
+    Tokens,
+    checked_count,
+)
+from arrakis_jax.forward.run import compiled
+from arrakis_jax.forward.targets import (
+    Target,
+    checked_target,
+    read_target,
+)
+from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.patching.effects import (
+    PatchEffects,
+    axes_of,
+    checked_over,
+)
+from arrakis_jax.patching.pairs import (
+    Pair,
+    checked_pair,
+    checked_sites,
+    fields_of,
+    values_at,
+)
+from arrakis_jax.results.record import ABSENT
+from arrakis_jax.stream.edits import KV_SITES
+from arrakis_jax.stream.fields import UNSTACKED
+from arrakis_jax.stream.residuals import ResidualStream
+
+# Points of the stream that enter a block: which one, counted from the site's own layer.
+ENTERING = {"resid_pre": 0, "resid_post": 1}
+
+
+def patch_sweep(
+    model: Transformer,
+    clean: Tokens,
+    corrupt: Tokens | None,
+    target: Any,
+    *,
+    sites: str | tuple[str, ...] = "resid_pre",
+    over: str | tuple[str, ...] = ("layer", "position"),
+    base: str = "clean",
+    patch: str = "resample",
+    mask: Mask | None = None,
+    cell_batch: int = 16,
+    check: bool = False,
+) -> PatchEffects:
+    """The effect of patching each cell of a site, exactly: `target(patched) - target(base)`.
+
+    A cell is one index along each axis of `over`; along the others everything is patched at once
+    (without "layer": in all layers). Patching a run into itself changes nothing, to rounding.
+
+    Of each cell only the blocks from its own layer on are run, `(L + 1) / 2L` of a forward on
+    average, and only the target's logits are read. Where positions are cells of their own, those
+    before a cell keep their keys and values: in four steps, 5/8 of all positions are run. Beyond
+    the runs of the pair, temporary memory is that of the blocks for `cell_batch` cells. One program
+    serves all tokens and targets of a kind.
+
+    Args:
+        model: the transformer.
+        clean: `[B,T]` token ids.
+        corrupt: `[B,T]` token ids, aligned with `clean` token for token; may be None for
+            patch="zero".
+        target: what is measured, such as `Logit(3, against=4)`; or token ids; or a function of
+            logits.
+        sites: one or several of embed, resid_pre, attn_out, resid_mid, mlp_out, resid_post, final,
+            q, k, v, pattern, z, mlp_act, each swept by itself.
+        over: some of "layer", "position" (columns of the tokens; queries of a pattern), "head"
+            (key/value head at "k" and "v") and "neuron". Of several sites, each has those that it
+            can have.
+        base: the run that is patched, "clean" (noising) or "corrupt" (denoising). The other one
+            is the source.
+        patch: what is put in place: "resample" (the source's activation), "mean" (of the source
+            over the real tokens of all rows) or "zero".
+        mask: `[B,T]`, of both runs.
+        cell_batch: how many cells of a layer are run at once.
+        check: also check the values of arrays that are on an accelerator.
+
+    Returns:
+        PatchEffects, whose effects have an axis for each entry of `over`, then B, in units of the
+        target; zero at padding. With several sites a dict by site.
+
+    Raises:
+        TypeError, ValueError, IndexError: for tokens, a target, sites or axes that do not fit.
+
+    Example:
+        >>> model, tokenizer = demo_model()
+        >>> clean, mask = encode(tokenizer, "Alice and Tom met, Tom gave a book to")
+        >>> corrupt, _ = encode(tokenizer, "Alice and Tom met, Alice gave a book to")
+        >>> alice, tom = (token_id(tokenizer, name) for name in (" Alice", " Tom"))
+        >>> found = patch_sweep(
+        ...     model, clean, corrupt, Logit(alice, tom), sites="z", over=("layer", "head")
+        ... )
+        >>> found.effects.shape, str(found.labels[5])
+        ((4, 4, 1), 'L1 z head 1')
+
+    Reference:
+        Activation patching: Vig et al. 2020; Meng et al. 2022, "Locating and Editing Factual
+        Associations in GPT" (causal tracing); Zhang & Nanda 2024 on its variants.
+    """
+    pair = checked_pair(model, clean, corrupt, mask, base=base, patch=patch, check=check)
+    sites = checked_sites(model.config, sites)
+    over = checked_over(over, sites)
+    checked_count("cell_batch", cell_batch, 10**6)
+    target = checked_target(model, pair.base, target, pair.mask)
+    return _patch_sweep(
+        model, pair, target, sites=sites, over=over, patch=patch, cell_batch=cell_batch
+    )
+
+
+@compiled("sites", "over", "patch", "cell_batch")
+def _patch_sweep(
+    model: Transformer,
+    pair: Pair,
+    target: Target,
+    *,
+    sites: tuple[str, ...],
+    over: tuple[str, ...],
+    patch: str,
+    cell_batch: int,
+) -> PatchEffects:
+    mask = pair.mask
+    fields = ("resid_pre", "final", *(("k", "v") if "position" in over else ()))
+    base = model(pair.base, mask=mask, capture=fields).residuals
+    base_B, source_B = read_target(model, base.final, mask, target), ABSENT
+    if patch == "zero":
+        n_layers = model.config.n_layers
+        values = {site: jnp.zeros(() if site in UNSTACKED else n_layers) for site in sites}
+    else:
+        assert pair.source is not None  # as checked
+        fields = tuple(dict.fromkeys((*fields_of(sites), "final")))
+        source = model(pair.source, mask=mask, capture=fields).residuals
+        values = values_at(source, sites, patch)
+        if patch == "resample":
+            source_B = read_target(model, source.final, mask, target)
+    effects = {}
+    for site, value in values.items():
+        how: dict[str, Any] = {"over": axes_of(site, over), "cell_batch": cell_batch}
+        patched = swept(model, base, value, mask, target, site=site, **how)
+        change = patched - base_B.reshape(*(1,) * (patched.ndim - 1), -1)
+        effects[site] = at_real(change, base.mask, how["over"])
+    first, *more = sites
+    return PatchEffects(
+        effects=effects if more else effects[first],
+        base=base_B,
+        source=source_B,
+        over=over,
+        sites=sites,
+        patch=patch,
+    )
+
+
+def at_real(effects: Float[Array, "... B"], real_BT: Array, over: tuple[str, ...]) -> Array:
+    """Effects of cells along these axes, zero at padding."""
+    if "position" not in over:
+        return effects
+    shape = [real_BT.shape[1] if axis == "position" else 1 for axis in over]
+    return jnp.where(real_BT.T.reshape(*shape, -1), effects, 0)
+
+
+def swept(
+    model: Transformer,
+    base: ResidualStream,
+    value: Array,
+    mask: Array | None,
+    target: Target,
+    *,
+    site: str,
+    over: tuple[str, ...],
+    cell_batch: int,
+) -> Float[Array, "... B"]:
+    """The target with each cell of a site patched: an axis for each entry of `over`, then B.
+
+    `value` is what is put in place, `[L,...]` (for embed and final without L), or broadcasts to it.
+    """
+    config = model.config
+    points_PBTD = jnp.concatenate([base.resid_pre, base.final[None]])
+    axes = tuple(axis for axis in over if axis != "layer")
+    counts = {
+        "position": base.mask.shape[1],
+        "head": config.n_kv_heads if site in KV_SITES else config.n_heads,
+        "neuron": config.d_mlp,
+    }
+    shape = tuple(counts[axis] for axis in axes)
+
+    def cells(
+        layer: Array | None, value: Array, first: int, shape: tuple[int, ...]
+    ) -> Float[Array, "N B"]:
+        """With each cell of one layer patched, or with `layer=None` of all layers at once.
+
+        The cells have this shape, and their positions start with the column `first`.
+        """
+        enters = site in UNSTACKED or (layer is not None and site in ENTERING)
+        start: Any = 0 if layer is None else layer + ENTERING.get(site, 0)
+        start = config.n_layers if site == "final" else start
+        x_BTD = points_PBTD[start][:, first:]
+        before = (base.k[:, :, :first], base.v[:, :, :first]) if first else None
+
+        def patched(cell: Array) -> Float[Array, " B"]:
+            index = dict(zip(axes, jnp.unravel_index(cell, shape), strict=True))
+
+            def edit(name: str, at: Array, x: Array) -> Array:
+                if name != site:
+                    return x
+                if layer is None:
+                    return put(x, site, index, jax.lax.dynamic_index_in_dim(value, at, 0, False))
+                return jnp.where(at == layer, put(x, site, index, value), x)
+
+            if enters:
+                own = put(x_BTD, site, index, value)
+                final = model.blocks_from(own, start, mask=mask, before=before)
+            else:
+                final = model.blocks_from(x_BTD, start, mask=mask, before=before, edits=(edit,))
+            final = jnp.concatenate([base.final[:, :first], final], 1)
+            return read_target(model, final, mask, target)
+
+        return in_chunks(patched, prod(shape), cell_batch)
+
+    def steps(layer: Array | None, value: Array) -> Float[Array, "... B"]:
+        """The cells of one layer (or of all at once), those of later columns by themselves."""
+        if "position" not in axes:
+            return cells(layer, value, 0, shape).reshape(*shape, -1)
+        at, found = axes.index("position"), []
+        stacked = layer is None and site not in UNSTACKED
+        for first, last in column_steps(counts["position"]):
+            own = from_column(value, site_axis(site, "position") + stacked, first)
+            part = (*shape[:at], last - first, *shape[at + 1 :])
+            found.append(cells(layer, own, first, part).reshape(*part, -1))
+        return jnp.concatenate(found, at)
+
+    if "layer" not in over:
+        return steps(None, value)
+    layers = jnp.arange(config.n_layers)
+    found = jax.lax.map(lambda one: steps(*one), (layers, value))
+    return jnp.moveaxis(found, 0, over.index("layer"))
+
+
+def column_steps(n: int) -> list[tuple[int, int]]:
+    """Four steps of columns, or fewer of at least 8: the first and the one after the last."""
+    size = max(8, -(-n // 4))
+    return [(first, min(first + size, n)) for first in range(0, n, size)]
+
+
+def from_column(value: Array, axis: int, first: int) -> Array:
+    """Without the columns before `first`, if the value differs between columns."""
+    if value.ndim <= axis or value.shape[axis] == 1:
+        return value
+    return jax.lax.slice_in_dim(value, first, None, axis=axis)
+
+
+def put(x: Array, site: str, index: dict[str, Array], value: Array) -> Array:
+    """A site's value with another in place at these indices of its axes."""
+    chosen: Any = True
+    for axis, i in index.items():
+        at = site_axis(site, axis)
+        chosen &= jax.lax.broadcasted_iota(i.dtype, x.shape, at) == i
+    return jnp.where(chosen, value.astype(x.dtype), x)
+
+
+def site_axis(site: str, axis: str) -> int:
+    """Which axis of a site's value, without L, are its positions, heads or neurons."""
+    if site == "pattern":
+        return {"head": 1, "position": 2}[axis]
+    return 1 if axis == "position" else 2
+
+
+def in_chunks(function: Callable, n: int, most: int) -> Float[Array, "N ..."]:
+    """`function` of 0..n-1, at most so many of them at a time, in chunks of equal size."""
+    rounds = -(-n // most)
+    index = jnp.arange(rounds * -(-n // rounds)).reshape(rounds, -1)  # the last ones are no cells
+    found = jax.lax.map(jax.vmap(function), index)
+    return found.reshape(-1, *found.shape[2:])[:n]

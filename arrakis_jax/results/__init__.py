@@ -1,0 +1,1 @@
+"""What tools return: records, labels, terms, the k largest, tables."""

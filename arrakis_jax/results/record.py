@@ -1,0 +1,25 @@
+"""What every result is: a dataclass that prints the shapes of its arrays."""
+
+from dataclasses import fields
+from typing import Any
+
+
+class Record:
+    """A dataclass that prints the shapes of its arrays, and not their values."""
+
+    def __repr__(self) -> str:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # pyright: ignore
+        shown = (f"{name}={_shown(value)}" for name, value in values.items() if value is not None)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple) and any(
+        isinstance(v, Record) or hasattr(v, "shape") for v in value
+    ):
+        return f"({', '.join(map(_shown, value))})"
+    shape = getattr(value, "shape", None)
+    return repr(value) if shape is None else f"{getattr(value, 'dtype', '')}{list(shape)}"
+
+
+ABSENT: Any = None  # the default of a field, which has an array's type: `need` guards its use

@@ -1,0 +1,1 @@
+"""The residual stream as a value: its fields, padding, points, captures and edits."""

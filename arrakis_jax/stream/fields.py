@@ -1,0 +1,43 @@
+"""The names of the fields of a residual stream, and which a model lacks."""
+
+from arrakis_jax.core.config import ModelConfig
+
+# Fields without an L axis; the others have it first.
+UNSTACKED = ("embed", "final", "norm_final_scale")
+ABOUT = ("tokens", "mask")
+STREAM = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "final")
+SCALES = (
+    "norm_attn_scale", "norm_attn_out_scale", "norm_mlp_scale", "norm_mlp_out_scale",
+    "norm_q_scale", "norm_k_scale", "norm_final_scale",
+)  # fmt: skip
+MLP_FIELDS = ("mlp_out", "mlp_act", "norm_mlp_scale", "norm_mlp_out_scale")
+MOE_FIELDS = ("shared_act", "router", "routing")
+INTERNAL = ("q", "k", "v", "pattern", "z", "mlp_act", "shared_act", "router")
+FIELDS = (*STREAM, *SCALES, *INTERNAL, "routing")
+# Fields that segments of layers may have or not, or in other shapes: then a tuple, one for each.
+SEGMENTED = ("mlp_act", *MOE_FIELDS)
+# What one reader of the stream reads, before its norm: sites of edits, at which every query, key
+# and value head, and the MLP, has an input of its own.
+READERS = ("q_in", "k_in", "v_in", "mlp_in")
+# The sites whose values together are the field "routing".
+ROUTING_SITES = {"index": "routing_index", "weight": "routing_weight", "shared": "shared_gate"}
+
+
+def lacking(config: ModelConfig) -> tuple[str, ...]:
+    """The fields of a residual stream that a model of this config does not have."""
+    place = config.norm_placement
+    has_mlp = config.d_mlp > 0 or config.n_experts > 0
+    rules = (
+        (MLP_FIELDS, has_mlp),
+        (MOE_FIELDS, config.n_experts > 0),
+        (("shared_act",), config.d_shared_expert > 0),
+        (("resid_mid",), not config.parallel),
+        (SCALES, config.norm is not None),
+        (("norm_attn_scale", "norm_mlp_scale"), place != "post"),
+        (("norm_mlp_scale",), not config.shared_norm),
+        (("norm_attn_out_scale", "norm_mlp_out_scale"), place in ("post", "both")),
+        (("norm_q_scale", "norm_k_scale"), config.qk_norm is not None),
+        (("norm_final_scale",), config.final_norm),
+    )
+    absent = {name for names, present in rules if not present for name in names}
+    return tuple(name for name in FIELDS if name in absent)

@@ -1,0 +1,85 @@
+"""Where the real tokens of a padded batch stand."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from arrakis_jax.core.axes import Array, Bool, Int, over
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where real tokens stand on the T axis; any axes before T are a batch.
+
+    Attributes:
+        mask: `[...,T]`, True at real tokens; None when every token is real.
+        position: `[...,T]`, the number of real tokens before each.
+        count: `[...]`, the number of real tokens.
+    """
+
+    mask: Bool[Array, "... T"] | None
+    position: Int[Array, "... T"]
+    count: Int[Array, "..."]
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], mask: Array | None) -> "Places":
+        """The places of tokens of shape `[...,T]` with this mask."""
+        if mask is None:
+            position = jnp.broadcast_to(jnp.arange(shape[-1]), shape)
+            return cls(None, position, jnp.full(shape[:-1], shape[-1]))
+        mask = jnp.asarray(mask, bool)
+        position = jnp.maximum(jnp.cumsum(mask, -1) - 1, 0)
+        return cls(mask, position, mask.sum(-1))
+
+    def after(self, n: int) -> "Places":
+        """Those of the columns from `n` on."""
+        mask = None if self.mask is None else self.mask[..., n:]
+        return Places(mask, self.position[..., n:], self.count)
+
+    @property
+    def real(self) -> Bool[Array, "... T"]:
+        """The mask, also when every token is real."""
+        return jnp.ones(self.position.shape, bool) if self.mask is None else self.mask
+
+    def allowed(self, window: int | None = None) -> Bool[Array, "... T S"]:
+        """Which keys each query may read: real ones, the last `window` up to itself (or all)."""
+        t = self.position.shape[-1]
+        allowed = jnp.tril(jnp.ones((t, t), bool))[None]
+        if self.mask is None:
+            return allowed if window is None else jnp.triu(allowed, 1 - window)
+        keys = self.mask[..., None, :]
+        allowed = over(allowed[0], keys) & keys
+        if window is None:
+            return allowed
+        return allowed & (self.position[..., None] - self.position[..., None, :] < window)
+
+    def number(self, wanted: Int[Array, "... N"]) -> Int[Array, "... N"]:
+        """Positions counted from each row's first real token; negative ones from its end."""
+        count = self.count[..., None]
+        wanted = over(wanted, count)
+        return jnp.where(wanted < 0, wanted + count, wanted)
+
+    def find(self, wanted: Int[Array, "... N"]) -> tuple[Int[Array, "... N"], Bool[Array, "... N"]]:
+        """The indices on the T axis of positions counted in real tokens, and which exist."""
+        wanted = self.number(wanted)
+        hit_NT = (self.position[..., None, :] == wanted[..., None]) & self.real[..., None, :]
+        return jnp.argmax(hit_NT, -1), hit_NT.any(-1)
+
+
+def select_positions(
+    value: Array,
+    index: Int[Array, "... N"] | None,
+    valid: Bool[Array, "... N"] | None,
+    axis: int,
+    *,
+    batch_axis: int = 0,
+    absent: float = 0,
+) -> Array:
+    """`value` at these indices of its T axis, `absent` where a row has no such position."""
+    if index is None or valid is None:
+        return value
+    shape = [1] * value.ndim
+    shape[batch_axis : batch_axis + index.ndim - 1] = index.shape[:-1]
+    shape[axis] = index.shape[-1]
+    picked = jnp.take_along_axis(value, index.reshape(shape), axis)
+    return jnp.where(valid.reshape(shape), picked, absent)

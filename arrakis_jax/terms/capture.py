@@ -1,0 +1,69 @@
+"""What terms are made of: the fields that a forward must keep for them."""
+
+from typing import Any
+
+from arrakis_jax.core.axes import Array
+from arrakis_jax.core.checks import checked_choice
+from arrakis_jax.core.config import ModelConfig
+from arrakis_jax.core.errors import expected
+from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.stream.capture import Capture
+from arrakis_jax.stream.residuals import ResidualStream
+from arrakis_jax.terms.layer import ATTENTION, ATTENTION_KINDS, BY, MLP, MLP_KINDS, wants
+
+# By source, the fields that are read at every position whatever positions are asked for.
+WHOLE = {"source": ("v",)}
+STREAM_NORMS = ("norm_attn_scale", "norm_mlp_scale")
+Kinds = tuple[str, ...] | None
+
+
+def capture_for(by: str) -> tuple[str, ...]:
+    """The fields that `decompose` and `logit_attribution` need of a stream, for `run`."""
+    checked_choice("by", by, BY)
+    fields = ("embed", *ATTENTION[by], *MLP[by], *STREAM_NORMS, "final", "norm_final_scale")
+    return tuple(dict.fromkeys(fields))
+
+
+def checked_by(config: ModelConfig, by: Any) -> None:
+    """Raises ValueError unless a model of this config can be taken apart so."""
+    checked_choice("by", by, BY)
+    if by == "expert" and not config.n_experts:
+        must = f"one of {tuple(b for b in BY if b != 'expert')} in a model without experts"
+        raise ValueError(expected("by", must, repr(by), "choose one"))
+
+
+def captured(
+    model: Transformer,
+    tokens: Array,
+    mask: Array | None,
+    by: str,
+    *,
+    kinds: Kinds = None,
+    layers: tuple[int, ...] | None = None,
+    positions: tuple[int, ...] | None = None,
+    also: tuple[str, ...] = (),
+) -> ResidualStream:
+    """Runs the model, and keeps what terms need, at these layers and positions.
+
+    Values by source are kept at all positions.
+    """
+    config = model.config
+    every = config.stream_dtype is not None or config.norms_stream
+    fields = (*fields_for(config, by, kinds), *also)
+    capture = Capture(fields, layers=None if every or not layers else layers, positions=positions)
+    return model.after_embedding(
+        model.embed(tokens, mask=mask), mask=mask, capture=capture, whole=WHOLE.get(by, ())
+    ).residuals
+
+
+def fields_for(config: ModelConfig, by: str, kinds: Kinds = None) -> tuple[str, ...]:
+    """The fields that the terms of this model need: with a rounded stream, what was rounded too."""
+    rounded = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "final")
+    names = (
+        "embed",
+        *(ATTENTION[by] if wants(kinds, ATTENTION_KINDS) else ()),
+        *(MLP[by] if wants(kinds, MLP_KINDS) else ()),
+        *(rounded if config.stream_dtype else ()),
+        *(STREAM_NORMS if config.norms_stream else ()),
+    )
+    return tuple(dict.fromkeys(names))  # each once, in this order

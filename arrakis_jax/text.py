@@ -1,0 +1,197 @@
+"""Tokenizers: the checkpoint's own, prompts to padded batches, a text to its one token."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from arrakis_jax.checkpoint import local_folder
+from arrakis_jax.core.axes import (
+    Bool,
+    Int,
+)
+from arrakis_jax.core.checks import checked_choice
+from arrakis_jax.core.errors import (
+    CheckpointError,
+    expected,
+)
+
+ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
+TOKENIZERS_OWN = re.compile(
+    r"(tokenizer.*|special_tokens_map|added_tokens|vocab|merges|spiece.*)\.(json|txt|model)"
+)
+
+
+def tokenizer_for(path_or_repo_id: str | Path, *, revision: str | None = None) -> Any:
+    """The `transformers` tokenizer of a checkpoint, as its files describe it.
+
+    Args:
+        path_or_repo_id: a local folder, or a hub id (HF_HUB_OFFLINE is honoured).
+        revision: branch, tag or commit of a hub id.
+
+    Returns:
+        A `PreTrainedTokenizerFast` if there is a tokenizer.json; else what AutoTokenizer gives,
+        which imports torch where that is installed.
+
+    Raises:
+        CheckpointError: if there is no tokenizer.
+    """
+    folder = local_folder(path_or_repo_id, revision=revision, files=TOKENIZER_FILES)
+    try:
+        if (folder / "tokenizer.json").is_file():
+            with _no_advice():
+                from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(folder)
+        if any(folder.glob("*token*")) or any(folder.glob("vocab*")):
+            with _no_advice():
+                from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        reason = "copy tokenizer.json into it"
+    except Exception as error:  # the Rust parser raises nothing narrower
+        reason = f"check its files ({error})"
+    must = "a folder or a hub id with a tokenizer"
+    raise CheckpointError(expected("path_or_repo_id", must, repr(str(path_or_repo_id)), reason))
+
+
+def copy_tokenizer(path_or_repo_id: str | Path, folder: Path) -> list[str]:
+    """Copies the tokenizer's files of a checkpoint into a folder; returns their names."""
+    source = local_folder(path_or_repo_id, files=TOKENIZER_FILES)
+    found = sorted(file for file in source.iterdir() if TOKENIZERS_OWN.fullmatch(file.name))
+    return [shutil.copyfile(file, folder / file.name).name for file in found]
+
+
+def encode(
+    tokenizer: Any,
+    prompts: str | Sequence[str],
+    *,
+    bos: bool | Literal["model"] = "model",
+    side: Literal["left", "right"] = "left",
+) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
+    """Prompts as one padded batch. No pad token is needed: padding is id 0 under the mask.
+
+    Args:
+        tokenizer: a `transformers` tokenizer.
+        prompts: one text or several.
+        bos: "model" adds the special tokens that the tokenizer adds by itself; True adds one BOS
+            in front and nothing else; False adds nothing. A prompt that begins with the BOS
+            token's own text never gets a second one.
+        side: where padding goes.
+
+    Returns:
+        Token ids, int32 `[B,T]`, and the mask, bool `[B,T]`, True at real tokens.
+
+    Raises:
+        TypeError: for prompts that are not texts.
+        ValueError: for no prompt, a prompt without a token, or bos=True without a BOS token.
+
+    Example:
+        >>> model, tokenizer = demo_model()
+        >>> tokens, mask = encode(tokenizer, ["Mary went to the store", "John"])
+        >>> tokens.shape == mask.shape
+        True
+    """
+    checked_choice("side", side, ("left", "right"))
+    checked_choice("bos", bos, ("model", True, False))
+    bos = bos if bos == "model" else bool(bos)
+    if not isinstance(prompts, Iterable):
+        do = "pass one text, or a list of texts"
+        raise TypeError(expected("prompts", "texts", type(prompts).__name__, do))
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    wrong = [text for text in texts if not isinstance(text, str)]
+    if wrong:
+        do = "pass one text, or a list of texts"
+        raise TypeError(expected("prompts", "texts", type(wrong[0]).__name__, do))
+    if not texts:
+        raise ValueError(expected("prompts", "at least one text", "none", "pass some"))
+    first = tokenizer.bos_token_id
+    if bos is True and first is None:
+        do = "this tokenizer has no BOS token"
+        raise ValueError(expected("bos", "'model' or False", "True", do))
+    rows = [_ids(tokenizer, text, special=bos == "model") for text in texts]
+    if bos is True:
+        rows = [[first, *row] for row in rows]
+    if bos and first is not None:
+        rows = [_once(first, row) for row in rows]
+    empty = [i for i, row in enumerate(rows) if not row]
+    if empty:
+        got = f"none in prompts {empty[:5]}"
+        do = "drop them, or pass bos=True"
+        raise ValueError(expected("prompts", "texts of at least one token", got, do))
+    width = max(map(len, rows))
+    tokens = np.zeros((len(rows), width), np.int32)
+    mask = np.zeros((len(rows), width), bool)
+    for b, row in enumerate(rows):
+        start = width - len(row) if side == "left" else 0
+        tokens[b, start : start + len(row)] = row
+        mask[b, start : start + len(row)] = True
+    return tokens, mask
+
+
+def token_id(tokenizer: Any, text: str) -> int:
+    """The id of a text that is exactly one token, such as " Mary" (the space counts).
+
+    Where the tokenizer puts a space in front of every text (SentencePiece), " Mary" is the token
+    that continues a text by " Mary".
+
+    Raises:
+        TypeError: if `text` is not a text.
+        ValueError: if it is several tokens, or none; the message shows them.
+    """
+    if not isinstance(text, str):
+        do = "an id needs no look-up"
+        raise TypeError(expected("text", "a text", type(text).__name__, do))
+    ids = _ids(tokenizer, text, special=False)
+    if len(ids) != 1 and text[:1] == " ":
+        bare = _ids(tokenizer, text[1:], special=False)
+        if len(bare) == 1 and continuation(tokenizer, bare[0]) == text:
+            ids = bare
+    if len(ids) != 1 and text:  # a piece that only ever continues a word
+        piece = tokenizer.convert_tokens_to_ids(text)
+        if piece not in (None, tokenizer.unk_token_id) and continuation(tokenizer, piece) == text:
+            ids = [piece]
+    unknown = ids == [tokenizer.unk_token_id] and text != tokenizer.unk_token
+    if len(ids) != 1 or unknown:
+        got = f"{text!r}, which is {tokenizer.convert_ids_to_tokens(ids)}"
+        raise ValueError(expected("text", "exactly one token", got, "mind the leading space"))
+    return ids[0]
+
+
+@contextmanager
+def _no_advice() -> Iterator[None]:
+    """Keeps transformers from telling, when it is imported, that PyTorch is not there."""
+    before = os.environ.get(ADVICE)
+    os.environ[ADVICE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ADVICE]
+        else:
+            os.environ[ADVICE] = before
+
+
+def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def _once(first: int, row: list[int]) -> list[int]:
+    """The row without repetitions of its first token, if that is `first`."""
+    while row[:2] == [first, first]:
+        row = row[1:]
+    return row
+
+
+def continuation(tokenizer: Any, token: int) -> str:
+    """What a token adds to a text that it does not begin."""
+    once, twice = (
+        tokenizer.decode([token] * n, clean_up_tokenization_spaces=False) for n in (1, 2)
+    )
+    return twice[len(once) :]
