@@ -25,7 +25,7 @@ from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract
 from arrakis_jax.forward.targets import Target
 from arrakis_jax.nn.transformer import Edits, Transformer
-from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.padding import Padding
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Inputs:
     """The token embeddings of a batch, and its target as a function of them.
 
     Attributes:
-        places: where the real tokens stand.
+        padding: where the real tokens stand.
         ids: `[B,T]`, the token ids, 0 at padding.
         e_BTD: token embeddings, as the stream holds them; zero at padding.
         added_BTD: what is added to them: learned positions, or zero.
@@ -42,7 +42,7 @@ class Inputs:
     model: Transformer
     mask: Array | None
     target: Target
-    places: Places
+    padding: Padding
     ids: Array
     e_BTD: Array
     added_BTD: Array
@@ -50,14 +50,14 @@ class Inputs:
     @classmethod
     def of(cls, model: Transformer, tokens: Array, mask: Array | None, target: Target) -> "Inputs":
         """The inputs of checked tokens."""
-        places = Places.of(tokens.shape, mask)
-        real = places.real[..., None]
-        ids = jnp.where(places.real, tokens, 0)
+        padding = Padding.of(tokens.shape, mask)
+        real = padding.real[..., None]
+        ids = jnp.where(padding.real, tokens, 0)
         e_BTD = jnp.where(real, model.embed_tokens(ids), 0)
         added_BTD = jnp.zeros_like(e_BTD)
         if model.w_pos is not None:
-            added_BTD = jnp.where(real, model.embed_positions(places.position), 0)
-        return cls(model, mask, target, places, ids, e_BTD, added_BTD)
+            added_BTD = jnp.where(real, model.embed_positions(padding.rank), 0)
+        return cls(model, mask, target, padding, ids, e_BTD, added_BTD)
 
     def value(self, e_BTD: Float[Array, "B T D"], edits: Edits = ()) -> Float[Array, " B"]:
         """The target with these token embeddings; learned positions are added."""
@@ -70,7 +70,7 @@ class Inputs:
 
     def baseline(self, given: Array | None) -> Float[Array, "B T D"]:
         """The embeddings of a checked baseline; zero at padding."""
-        real = self.places.real
+        real = self.padding.real
         if given is None:
             b = self.model.mean_embedding()
         elif jnp.issubdtype(given.dtype, jnp.integer):
@@ -81,7 +81,7 @@ class Inputs:
 
     def result(self, tokens_BT: Array, target_B: Array, **rest: Any) -> Attribution:
         """The attribution, with what says where it belongs; NaN where the target is."""
-        real = self.places.real
+        real = self.padding.real
         tokens_BT = jnp.where(jnp.isnan(target_B)[:, None], jnp.nan, tokens_BT)
         tokens_BT = jnp.where(real, tokens_BT, 0)
         return Attribution(tokens=tokens_BT, target=target_B, input_ids=self.ids, mask=real, **rest)

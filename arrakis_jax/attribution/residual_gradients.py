@@ -185,7 +185,7 @@ def _of_layers(model: Transformer, gradient: Any, layers: tuple[int, ...], name:
         return gradient
     if not isinstance(gradient, tuple):
         return gradient[jnp.array(layers, int)]
-    parts = zip(gradient, model.parts(), strict=True)
+    parts = zip(gradient, model.stacks(), strict=True)
     return tuple(
         None if part is None else part[jnp.array([i - own.start for i in layers if i in own], int)]
         for part, (_, own) in parts

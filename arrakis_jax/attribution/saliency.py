@@ -54,7 +54,7 @@ def smooth_grad(model, tokens, mask, target, *, norm, samples, noise, seed, step
 
     def gradient(sample: Array) -> Float[Array, "B T D"]:
         noise_TD = jax.vmap(partial(draw, sample))(jnp.arange(length))
-        noise_BTD = jnp.where(inputs.places.real[..., None], noise_TD[inputs.places.position], 0)
+        noise_BTD = jnp.where(inputs.padding.real[..., None], noise_TD[inputs.padding.rank], 0)
         return inputs.gradient(inputs.e_BTD + sigma * noise_BTD)
 
     at_once = evenly(samples, step_batch)

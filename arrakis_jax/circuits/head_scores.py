@@ -28,7 +28,7 @@ from arrakis_jax.forward.source import (
 )
 from arrakis_jax.nn.transformer import Layer, Transformer
 from arrakis_jax.results.record import Record
-from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.padding import Padding
 from arrakis_jax.stream.residuals import (
     ModelOutput,
     ResidualStream,
@@ -161,19 +161,19 @@ def head_scores(
 
 @compiled("definition")
 def _scores(model, source, tokens, mask, *, definition):
-    places = Places.of(tokens.shape, mask)
+    padding = Padding.of(tokens.shape, mask)
     acc = model.config.acc
-    copies_BTS = _copies(tokens, places)
+    copies_BTS = _copies(tokens, padding)
     if definition == "mean":
-        reduce = _mean_at(_latest(copies_BTS, places), acc)
+        reduce = _mean_at(_latest(copies_BTS, padding), acc)
     else:
-        reduce = _share_on(_targets(copies_BTS, places), acc)
+        reduce = _share_on(_targets(copies_BTS, padding), acc)
 
     def step(state: None, layer: Layer) -> tuple[None, dict[str, Array]]:
         return state, reduce(layer.stream.pattern.astype(acc))
 
     found = over_layers(model, source, mask, ("pattern",), None, step).stacked
-    followed = _latest(copies_BTS, places)["induction"][1]
+    followed = _latest(copies_BTS, padding)["induction"][1]
     return HeadScores(
         **found,
         repeats=copies_BTS.any(-1).sum(-1),
@@ -182,30 +182,30 @@ def _scores(model, source, tokens, mask, *, definition):
     )
 
 
-def _copies(tokens: Int[Array, "B T"], places: Places) -> Bool[Array, "B T S"]:
+def _copies(tokens: Int[Array, "B T"], padding: Padding) -> Bool[Array, "B T S"]:
     """Which earlier positions hold the token of each position."""
     same = tokens[:, :, None] == tokens[:, None, :]
     earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
-    real = places.real
+    real = padding.real
     return same & earlier[None] & real[:, :, None] & real[:, None, :]
 
 
 def _latest(
-    copies_BTS: Bool[Array, "B T S"], places: Places
+    copies_BTS: Bool[Array, "B T S"], padding: Padding
 ) -> dict[str, tuple[Int[Array, "B T"], Bool[Array, "B T"]]]:
     """For each kind of score, where each query's target stands on S, and which queries have one."""
     t = copies_BTS.shape[-1]
     copied = copies_BTS.any(-1)
     copy_BT = t - 1 - jnp.argmax(jnp.flip(copies_BTS, -1), -1)
-    number_BT = jnp.take_along_axis(places.position, copy_BT, -1) + 1
-    followed = copied & (number_BT < places.position)
-    later = places.real & (places.position > 0)
+    number_BT = jnp.take_along_axis(padding.rank, copy_BT, -1) + 1
+    followed = copied & (number_BT < padding.rank)
+    later = padding.real & (padding.rank > 0)
     targets = {
-        "previous": (places.position - 1, later),
-        "first": (jnp.zeros_like(places.position), later),
+        "previous": (padding.rank - 1, later),
+        "first": (jnp.zeros_like(padding.rank), later),
         "induction": (number_BT, followed),
     }
-    found = {name: (places.find(number)[0], valid) for name, (number, valid) in targets.items()}
+    found = {name: (padding.columns(number)[0], valid) for name, (number, valid) in targets.items()}
     return found | {"duplicate": (copy_BT, copied)}
 
 
@@ -223,14 +223,14 @@ def _mean_at(targets: dict[str, tuple[Array, Array]], acc: jnp.dtype):
     return reduce
 
 
-def _targets(copies_BTS: Bool[Array, "B T S"], places: Places) -> dict[str, Bool[Array, "B T S"]]:
+def _targets(copies_BTS: Bool[Array, "B T S"], padding: Padding) -> dict[str, Bool[Array, "B T S"]]:
     """For each kind of score, which positions count as targets in TransformerLens' definition."""
-    position, real = places.position, places.real
+    position, real = padding.rank, padding.real
     both = real[:, :, None] & real[:, None, :]
     before = position[:, :, None] - position[:, None, :]
     first = jnp.broadcast_to(position[:, None, :] == 0, both.shape)
     # What followed a copy: the token before it is one.
-    back_BS = places.find(jnp.maximum(position - 1, 0))[0]
+    back_BS = padding.columns(jnp.maximum(position - 1, 0))[0]
     followed = jnp.take_along_axis(copies_BTS, back_BS[:, None, :], -1) & (position > 0)[:, None]
     return {
         "previous": both & (before == 1),

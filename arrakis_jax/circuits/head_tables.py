@@ -251,7 +251,7 @@ def _seeking(
 
 def _read(model: Transformer, tokens: Array, positions: Any, scales: str) -> Float[Array, "N D"]:
     """Embeddings over the scale with which attention of a layer reads them."""
-    x_ND, norm = _embedded(model, tokens, positions), model.parts()[0][0].norm_attn
+    x_ND, norm = _embedded(model, tokens, positions), model.stacks()[0][0].norm_attn
     if norm is None or scales == "one" or model.config.norm_placement == "stream_after":
         return x_ND
     # The scale depends on no parameters, so that any layer's norm gives it.

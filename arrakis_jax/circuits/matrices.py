@@ -30,12 +30,12 @@ from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract
 from arrakis_jax.forward.run import compiled
 from arrakis_jax.nn.block import Block
-from arrakis_jax.nn.context import Positions
+from arrakis_jax.nn.context import AttentionContexts
 from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.rotary import rotate
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.record import Record
-from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.padding import Padding
 
 Distance = int | Int[Array, " N"] | np.ndarray | list
 
@@ -281,7 +281,7 @@ def qk_matrices(
         Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.
     """
     distance = checked_distance(distance)
-    norms = [block.attn.norm_q for block, _ in model.parts()]
+    norms = [block.attn.norm_q for block, _ in model.stacks()]
     if biases and fold and any(norm is not None and norm.b is not None for norm in norms):
         do = "leave biases out, or fold=False"
         got = "True, and biases in its norm of queries and keys"
@@ -339,13 +339,13 @@ def qk_of(config: ModelConfig, distance: Array, *, fold: bool, biases: bool) -> 
 def _turns(config: ModelConfig, distance: Array) -> Callable | None:
     """The mean rotation over these distances and that over none, of each layer; each `[1,K/2]`."""
     position = jnp.append(distance, 0)[None]
-    places = Places(None, position, position.max(-1) + 1)
-    positions = Positions.of(config, places)
-    if positions.rotations is None:
+    padding = Padding(None, position, position.max(-1) + 1)
+    contexts = AttentionContexts.of(config, padding)
+    if contexts.rotations is None:
         return None
 
     def turn(layer: Array) -> tuple[list[Array], list[Array]]:
-        rotation = positions.at(layer).rotation
+        rotation = contexts.at(layer).rotation
         assert rotation is not None
         return [jnp.mean(x[:, :-1], 1) for x in rotation], [x[:, -1] for x in rotation]
 
@@ -385,7 +385,7 @@ def checked_head(model: Transformer, head: Any, name: str = "head") -> Head:
 def of_head(model: Transformer, of: OfLayer, layer: Array, head: Array) -> Factored:
     """A function of one layer's block, at one layer and head: no other layer's are made."""
     found = None
-    for blocks, layers in model.parts():
+    for blocks, layers in model.stacks():
         row = jnp.clip(layer - layers.start, 0, len(layers) - 1)
         block = jax.tree.map(
             lambda w, row=row: jax.lax.dynamic_index_in_dim(w, row, keepdims=False), blocks
@@ -400,6 +400,6 @@ def _each_layer(model: Transformer, of: OfLayer) -> Factored:
     """A function of one layer's block, over all layers."""
     found = [
         jax.vmap(of)(blocks, jnp.arange(layers.start, layers.stop))
-        for blocks, layers in model.parts()
+        for blocks, layers in model.stacks()
     ]
     return jax.tree.map(lambda *x: jnp.concatenate(x), *found)

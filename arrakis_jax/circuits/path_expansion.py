@@ -25,7 +25,7 @@ from arrakis_jax.frozen.reads import logit_direction, logit_reader
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.record import ABSENT, Record
 from arrakis_jax.stream.capture import Capture
-from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.padding import Padding
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 
 _FIELDS = ("pattern", "norm_attn_scale", "norm_attn_out_scale")
@@ -194,7 +194,7 @@ def _expansion(
     targets: Array,
     against: Array | None,
 ) -> PathTerms:
-    index, valid = Places.of(stream.mask.shape, stream.mask).find(position[:, None])
+    index, valid = Padding.of(stream.mask.shape, stream.mask).columns(position[:, None])
     rows, valid = jnp.arange(index.shape[0]), valid[:, 0]
     at = (rows, index[:, 0])
     u_BD, bias_B = logit_reader(model, targets, against)
@@ -242,8 +242,8 @@ def _sources(model: Transformer, stream: ResidualStream) -> tuple[tuple[str, ...
     embed_BTD = stream.embed.astype(acc)
     found, every = {}, (n_layers, *embed_BTD.shape)
     if model.w_pos is not None:
-        places = Places.of(stream.mask.shape, stream.mask)
-        pos_BTD = model.embed_positions(places.position)
+        padding = Padding.of(stream.mask.shape, stream.mask)
+        pos_BTD = model.embed_positions(padding.rank)
         found["pos"] = jnp.where(stream.mask[..., None], pos_BTD, 0)
         embed_BTD = embed_BTD - found["pos"]
     found = {"embed": embed_BTD, **found}
@@ -262,7 +262,7 @@ def _bias(model: Transformer, stream: ResidualStream) -> Float[Array, "L B T D"]
     """What attention of each layer writes that no head does."""
     config, acc = model.config, model.config.acc
     found = []
-    for blocks, layers in model.parts():
+    for blocks, layers in model.stacks():
         b_o, norm = blocks.attn.b_o, blocks.norm_attn_out
         own = jnp.zeros((len(layers), config.d_model), acc) if b_o is None else b_o[...].astype(acc)
         after = jnp.zeros_like(own)

@@ -30,7 +30,7 @@ from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.source import stream_of
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.labels import Labels
-from arrakis_jax.results.terms import Values
+from arrakis_jax.results.terms import TermValues
 from arrakis_jax.stream.residuals import (
     ModelOutput,
     ResidualStream,
@@ -53,7 +53,7 @@ from arrakis_jax.terms.stream import (
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, repr=False)
-class MovementAttribution(Values):
+class MovementAttribution(TermValues):
     """How much each of C terms moves the stream from a point a to a point b, `delta = b - a`.
 
     Attributes:

@@ -29,7 +29,7 @@ from arrakis_jax.forward.source import stream_of
 from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.labels import Labels
-from arrakis_jax.results.terms import Values
+from arrakis_jax.results.terms import TermValues
 from arrakis_jax.stream.residuals import (
     ModelOutput,
     ResidualStream,
@@ -53,7 +53,7 @@ from arrakis_jax.terms.stream import (
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, repr=False)
-class DirectionAttribution(Values):
+class DirectionAttribution(TermValues):
     """How much each of C terms writes along a direction.
 
     Attributes:
@@ -191,7 +191,7 @@ def checked_reader(model: Transformer, point: Point, through: Any) -> None:
     readers = {"final": ("final",), "resid_mid": ("mlp",), "resid_pre": ("attn",)}[name]
     if name == "resid_pre" and config.parallel and not config.shared_norm:
         readers = ("attn", "mlp")
-    block = model.parts()[0][0] if config.n_layers else None
+    block = model.stacks()[0][0] if config.n_layers else None
     norms = {"final": model.norm_final}
     if block is not None and config.norm_placement != "stream_after":
         norms |= {"attn": block.norm_attn, "mlp": block.norm_mlp}
@@ -208,11 +208,11 @@ def _checked_direction(
     if not jnp.issubdtype(direction.dtype, jnp.floating):
         do = "convert it"
         raise TypeError(expected("direction", "real numbers", f"dtype {direction.dtype}", do))
-    places = shape if positions is None else (*shape[:-1], len(positions))
+    read_at = shape if positions is None else (*shape[:-1], len(positions))
     d = config.d_model
-    right = direction.ndim in (1, 2) or direction.shape[:-1] == places
+    right = direction.ndim in (1, 2) or direction.shape[:-1] == read_at
     if direction.ndim == 0 or direction.shape[-1] != d or not right:
-        must, do = f"`[{d}]`, `[N,{d}]` or {[*places, d]}", "directions are of the stream"
+        must, do = f"`[{d}]`, `[N,{d}]` or {[*read_at, d]}", "directions are of the stream"
         raise ValueError(expected("direction", must, f"shape {direction.shape}", do))
     return jnp.asarray(direction, config.acc)
 
@@ -284,7 +284,7 @@ def _reader(
         assert model.norm_final is not None
         return model.norm_final, stream.norm_final_scale
     layer = point[1]
-    for block, layers in model.parts():
+    for block, layers in model.stacks():
         if layer in layers:
             norms = getattr(block, f"norm_{through}")
             norm = jax.tree.map(lambda w, i=layer - layers.start: w[i], norms)

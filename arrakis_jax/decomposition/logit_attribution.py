@@ -29,9 +29,9 @@ from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.source import stream_of
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.labels import Labels
-from arrakis_jax.results.terms import Values
+from arrakis_jax.results.terms import TermValues
 from arrakis_jax.stream.capture import Capture
-from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.padding import Padding
 from arrakis_jax.stream.residuals import (
     ModelOutput,
     ResidualStream,
@@ -64,7 +64,7 @@ from arrakis_jax.terms.stream import (
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, repr=False)
-class LogitAttribution(Values):
+class LogitAttribution(TermValues):
     """The share of each of C terms in a logit or logit difference, in logits.
 
     Attributes:
@@ -227,7 +227,7 @@ def _attribute(model, stream, position, targets, against, *, by, layers, kinds, 
     if column is not None:
         stream, number = located(stream, (column,), by)
     elif one:
-        number = Places.of(stream.mask.shape, stream.mask).number(position[..., None])
+        number = Padding.of(stream.mask.shape, stream.mask).counted(position[..., None])
         stream = stream.at(position[..., None], whole=WHOLE.get(by, ()))
     else:
         stream, number = located(stream, None, by)
@@ -237,14 +237,14 @@ def _attribute(model, stream, position, targets, against, *, by, layers, kinds, 
 
 @compiled("by", "layers", "kinds")
 def _run_and_attribute(model, tokens, mask, position, targets, against, *, by, layers, kinds):
-    places = Places.of(tokens.shape, mask)
+    padding = Padding.of(tokens.shape, mask)
     at = None if position is None else position[:, None]
-    number = places.position if at is None else places.number(at)
+    number = padding.rank if at is None else padding.counted(at)
     reading = readout_of(model, targets, against, position is not None)
     if layers is None and not model.config.norms_stream:
         passed = in_scan(model, tokens, mask, at, reading.direction, by=by, kinds=kinds,
                          state=None, step=lambda state, layer, found: (state, found))  # fmt: skip
-        stream = outside_of(passed, places, at)
+        stream = outside_of(passed, padding, at)
         names, first = embeddings(model, stream, number, kinds)
         labels = labels_in_scan(model, names, passed.found, kinds)
         first = contract("C...D,...D->C...", first, reading.direction)

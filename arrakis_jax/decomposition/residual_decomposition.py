@@ -126,7 +126,7 @@ def normed_decomposition(
 
 @compiled()
 def _normed_parts(model, stream, row):
-    pairs = [(block.norm_attn, block.norm_mlp) for block, _ in model.parts()]
+    pairs = [(block.norm_attn, block.norm_mlp) for block, _ in model.stacks()]
     norms, x, scales = jax.tree.map(
         lambda a: jax.lax.dynamic_index_in_dim(a, row, keepdims=False),
         (

@@ -36,7 +36,7 @@ from arrakis_jax.results.table import (
     Table,
     table_of,
 )
-from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.padding import Padding
 from arrakis_jax.stream.residuals import (
     ModelOutput,
     ResidualStream,
@@ -180,7 +180,7 @@ class Largest:
     def and_of(self, terms_mBT: Float[Array, "m B T"], layer: Array | int) -> "Largest":
         """After these terms of a layer."""
         terms = jnp.moveaxis(terms_mBT, 0, -1)
-        k, places = self.size.shape[-1], jnp.broadcast_to(jnp.arange(terms.shape[-1]), terms.shape)
+        k, padding = self.size.shape[-1], jnp.broadcast_to(jnp.arange(terms.shape[-1]), terms.shape)
         size = jnp.concatenate([self.size, jnp.abs(terms)], -1)
         size, chosen = jax.lax.top_k(size, k)
 
@@ -191,7 +191,7 @@ class Largest:
             size=size,
             value=merged(self.value, terms),
             layer=merged(self.layer, jnp.full(terms.shape, layer, self.layer.dtype)),
-            place=merged(self.place, places.astype(self.place.dtype)),
+            place=merged(self.place, padding.astype(self.place.dtype)),
             total=self.total + terms.sum(-1),
             absolute=self.absolute + jnp.abs(terms).sum(-1),
         )
@@ -199,9 +199,9 @@ class Largest:
 
 @compiled("k", "by", "kinds")
 def _run_and_find(model, tokens, mask, position, targets, against, *, k, by, kinds):
-    places = Places.of(tokens.shape, mask)
+    padding = Padding.of(tokens.shape, mask)
     at = None if position is None else position[:, None]
-    number = places.position if at is None else places.number(at)
+    number = padding.rank if at is None else padding.counted(at)
     reading = readout_of(model, targets, against, at is not None)
     shape = jnp.broadcast_shapes(number.shape, reading.offset.shape)
 
@@ -214,7 +214,7 @@ def _run_and_find(model, tokens, mask, position, targets, against, *, k, by, kin
 
     passed = in_scan(model, tokens, mask, at, reading.direction, by=by, kinds=kinds,
                      state=Largest.none(shape, k, model.config.acc), step=step)  # fmt: skip
-    stream = outside_of(passed, places, at)
+    stream = outside_of(passed, padding, at)
     names, first = embeddings(model, stream, number, kinds)
     labels = labels_in_scan(model, names, passed.found, kinds)
     checked_count("k", k, len(labels))

@@ -38,13 +38,13 @@ from arrakis_jax.forward.targets import (
 )
 from arrakis_jax.frozen.writes import written
 from arrakis_jax.nn.block import Block
-from arrakis_jax.nn.context import Positions
+from arrakis_jax.nn.context import AttentionContexts
 from arrakis_jax.nn.site import Sites
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.patching.pairs import checked_pair
 from arrakis_jax.results.record import Record
 from arrakis_jax.results.table import Table
-from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.padding import Padding
 from arrakis_jax.stream.residuals import ResidualStream
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -76,7 +76,7 @@ def run_circuit(
         corrupt: `[B,T]`, the other prompt of each pair, token for token.
         target: what is measured, such as `Logit(3, against=4)`; of the clean prompts.
         circuits: `[N,R,W]`, for each circuit which edges are in it, over the readers and writers of
-            `Graph.of(model.config)`. Where the graph has no edge, nothing is read.
+            `Graph.of(model.config)`. AttentionContext the graph has no edge, nothing is read.
         mask: `[B,T]`, of both prompts.
         check: also check the values of arrays that are on an accelerator.
 
@@ -115,15 +115,15 @@ def _run_circuits(model, pair, target, circuits):
     """The target in each circuit, in the clean and in the corrupt run."""
     config, mask = model.config, pair.mask
     graph, acc = Graph.of(config), config.acc
-    places = Places.of(pair.base.shape, mask)
-    positions = Positions.of(config, places)
+    padding = Padding.of(pair.base.shape, mask)
+    contexts = AttentionContexts.of(config, padding)
     clean, corrupt = (model.embed(tokens, mask=mask) for tokens in (pair.base, pair.source))
     corrupt_B, other = target_value(model, corrupt, mask, target, capture=HELD)
     clean_B, _ = target_value(model, clean, mask, target)
     held = {name: value for name in HELD if (value := getattr(other, name)) is not None}
     layers = [
         (blocks, jax.tree.map(lambda x, own=own: x[own.start : own.stop], held), own)
-        for blocks, own in model.parts()
+        for blocks, own in model.stacks()
     ]
     n = graph.readers_per_layer
 
@@ -136,9 +136,9 @@ def _run_circuits(model, pair, target, circuits):
 
         def step(changes_WBTD: Array, xs: tuple) -> tuple[Array, None]:
             block, index, edges_nW, held = xs
-            about: dict[str, Any] = {**held, "mask": places.real}
-            layer = _Layer(graph, block, index, places, ResidualStream(**about))
-            return layer.changes(changes_WBTD, edges_nW, positions.at(index)), None
+            about: dict[str, Any] = {**held, "mask": padding.real}
+            layer = _Layer(graph, block, index, padding, ResidualStream(**about))
+            return layer.changes(changes_WBTD, edges_nW, contexts.at(index)), None
 
         for blocks, held, own in layers:
             indices = jnp.arange(own.start, own.stop)
@@ -161,10 +161,12 @@ class _Layer:
     graph: Graph
     block: Block
     index: Int[Array, ""]
-    places: Places
+    padding: Padding
     other: ResidualStream
 
-    def changes(self, changes_WBTD: Array, edges_nW: Array, where: Any) -> Float[Array, "W B T D"]:
+    def changes(
+        self, changes_WBTD: Array, edges_nW: Array, context: Any
+    ) -> Float[Array, "W B T D"]:
         """What all have written, against the corrupt run, with this layer's writers among them.
 
         The last entry is what belongs to no writer.
@@ -173,7 +175,7 @@ class _Layer:
         h, g = graph.n_heads, graph.n_kv_heads
         q_nW, k_nW, v_nW, rest_nW = jnp.split(edges_nW, [h, h + g, h + 2 * g])
         capture = frozenset(("z", "norm_attn_out_scale"))
-        site = Sites(capture=capture, mask=self.places.mask, layer=self.index)
+        site = Sites(capture=capture, mask=self.padding.mask, layer=self.index)
         first = 1 + self.index * graph.writers_per_layer
         before = changes_WBTD
 
@@ -182,8 +184,8 @@ class _Layer:
             return block.read("attn", other.resid_pre[..., None, :] + change, site)
 
         inputs = (read(q_nW), read(k_nW), read(v_nW))
-        attn_BTD = block.attn_write(inputs, where, self.index, site) - other.attn_out
-        own: dict[str, Any] = {**site.records, "mask": self.places.real}
+        attn_BTD = block.attn_write(inputs, context, self.index, site) - other.attn_out
+        own: dict[str, Any] = {**site.records, "mask": self.padding.real}
         heads_HBTD = self._heads(ResidualStream(**own))
         rest_BTD = attn_BTD - heads_HBTD.sum(0)
         changes_WBTD = jax.lax.dynamic_update_slice_in_dim(changes_WBTD, heads_HBTD, first, 0)

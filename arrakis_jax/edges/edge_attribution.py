@@ -18,12 +18,12 @@ from arrakis_jax.edges.effects import EdgeEffects
 from arrakis_jax.edges.graph import WRITTEN, Graph, writer_changes
 from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.targets import Target, checked_target, read_target
-from arrakis_jax.nn.context import Positions
+from arrakis_jax.nn.context import AttentionContexts
 from arrakis_jax.nn.site import Sites
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.patching.pairs import Pair, checked_pair
 from arrakis_jax.stream.fields import READERS
-from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.padding import Padding
 from arrakis_jax.stream.residuals import ResidualStream
 
 
@@ -233,8 +233,8 @@ class _Way:
         at = node_N[:, None, None, None] * (group == 0)
         x_NBTD = (1 - at) * self.embed[0][None] + at * self.embed[1][None]
         x_NBTD = x_NBTD.astype(config.stream)
-        places = Places.of((n_steps * n_rows, x_NBTD.shape[2]), mask)
-        positions = Positions.of(config, places)
+        padding = Padding.of((n_steps * n_rows, x_NBTD.shape[2]), mask)
+        contexts = AttentionContexts.of(config, padding)
         capture = frozenset(WRITTEN if captured else ())
 
         def moving(layer: Array, change: dict[str, Array]) -> Callable:
@@ -265,9 +265,9 @@ class _Way:
                 taps={name: reading(name) for name in gates},
                 edits=(moving(index, change),),
                 layer=index,
-                mask=places.mask,
+                mask=padding.mask,
             )
-            x = block(x, positions.at(index), index, site)
+            x = block(x, contexts.at(index), index, site)
             records = {
                 name: value.reshape(n_steps, n_rows, *value.shape[1:])[np.array(captured)]
                 for name, value in site.records.items()
@@ -285,7 +285,7 @@ class _Way:
         def forward(gates: dict[str, Array], changes: Array) -> tuple[tuple, tuple]:
             inside = {name: gate for name, gate in gates.items() if name != "final"}
             carry, records = (x_NBTD.reshape(-1, *x_NBTD.shape[2:]), changes), []
-            for blocks, layers in self.model.parts():
+            for blocks, layers in self.model.stacks():
                 rows = slice(layers.start, layers.stop)
                 xs = (inside, change)
                 own = jax.tree.map(lambda a, rows=rows: a[rows], xs)

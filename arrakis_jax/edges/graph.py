@@ -161,7 +161,7 @@ def writer_changes(
     """
     graph, found = Graph.of(model.config), []
     acc = model.config.acc
-    for blocks, layers in model.parts():
+    for blocks, layers in model.stacks():
         rows = slice(layers.start, layers.stop)
 
         def heads(_: None, xs: tuple) -> tuple[None, Array]:

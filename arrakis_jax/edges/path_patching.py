@@ -185,7 +185,7 @@ class _Ends(NamedTuple):
     @classmethod
     def of(cls, model: Transformer, edges: tuple[Edge, ...]) -> "_Ends":
         """The ends of these edges."""
-        segment = [i for i, (_, layers) in enumerate(model.parts()) for _ in layers]
+        segment = [i for i, (_, layers) in enumerate(model.stacks()) for _ in layers]
         rows = [
             (
                 {"embed": 0, "mlp": 1}.get(w.kind, 2 + segment[w.layer or 0]),
@@ -261,4 +261,4 @@ def _changes(
 
         return heads
 
-    return [embed, mlp, *(of_heads(blocks, layers.start) for blocks, layers in model.parts())]
+    return [embed, mlp, *(of_heads(blocks, layers.start) for blocks, layers in model.stacks())]

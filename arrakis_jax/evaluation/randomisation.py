@@ -56,7 +56,7 @@ def randomised_weights(
 @compiled()
 def _randomised(model, key, which_L, outside):
     paths, structure = jax.tree_util.tree_flatten_with_path(model)
-    parts = {id(block): own for block, own in model.parts()}
+    parts = {id(block): own for block, own in model.stacks()}
     leaves = []
     for i, (path, leaf) in enumerate(paths):
         name = jax.tree_util.keystr(path, simple=True, separator=".")

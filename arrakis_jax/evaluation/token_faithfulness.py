@@ -173,8 +173,8 @@ def _token_faithfulness(
     model, tokens, mask, scores, target, baseline, seed, *, first, draws, step_batch
 ):
     inputs = Inputs.of(model, tokens, mask, target)
-    places, width = inputs.places, tokens.shape[1]
-    free_BT = places.real if first else places.real & (places.position > 0)
+    padding, width = inputs.padding, tokens.shape[1]
+    free_BT = padding.real if first else padding.real & (padding.rank > 0)
     n_B = free_BT.sum(-1)
     b_BTD = inputs.baseline(baseline)
 
@@ -243,7 +243,7 @@ def _ranked(order_BT: Float[Array, "B T"], free_BT: Bool[Array, "B T"]) -> Int[A
 
 def _random(key: Array, inputs: Inputs, draw: Array) -> Float[Array, "B T"]:
     """Random numbers that depend on a row's own tokens and positions, not on its batch."""
-    position_BT, real_BT = inputs.places.position, inputs.places.real
+    position_BT, real_BT = inputs.padding.rank, inputs.padding.real
     sum_B = jnp.where(real_BT, (inputs.ids + 1) * (2 * position_BT + 1), 0).sum(-1)
 
     def row(number: Array, position_T: Array) -> Float[Array, " T"]:

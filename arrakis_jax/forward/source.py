@@ -12,7 +12,7 @@ from arrakis_jax.core.checks import Mask, Tokens, checked_tokens, host
 from arrakis_jax.core.errors import expected
 from arrakis_jax.nn.transformer import Layer, Transformer
 from arrakis_jax.stream.fields import SEGMENTED, UNSTACKED
-from arrakis_jax.stream.points import kept_places, point_fields
+from arrakis_jax.stream.points import kept_tokens, point_fields
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 
 Step = Callable[[Any, Layer], tuple[Any, Any]]
@@ -59,7 +59,7 @@ def over_layers(
     told = source.resid_pre is not None and source.final is not None
     posts = source.resid_post if told else None
     found = []
-    for i, (blocks, layers) in enumerate(model.parts()):
+    for i, (blocks, layers) in enumerate(model.stacks()):
         rows = slice(layers.start, layers.stop)
         own = {name: _of(source, name, i, rows) for name in inside}
         own = {name: value for name, value in own.items() if value is not None}
@@ -115,7 +115,7 @@ def over_points(
     stream = stream_of(tokens, mask)
     if stream is not None:
         stream.need("mask", *point_fields(model.config), all_layers=True)
-        held = kept_places(stream, True) if stream.positions is not None else stream.mask
+        held = kept_tokens(stream, True) if stream.positions is not None else stream.mask
         _check_enough(held.shape, held, first, least)
         return read(model, stream, first=bool(first), **options)
     tokens, mask = checked_tokens(model.config, tokens, mask, check=check)

@@ -30,7 +30,7 @@ from arrakis_jax.core.numerics import contract
 from arrakis_jax.forward.run import as_pytree
 from arrakis_jax.nn.linear import softcap
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.padding import Padding
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ class Continuation(Target):
             do = "a prompt must be left before the continuation"
             raise ValueError(expected("length", must, f"{length_B[wrong][:3].tolist()}", do))
         wanted_N = jnp.arange(-int(length_B.max()), 0)
-        index, there = Places.of(tokens.shape, mask).find(
+        index, there = Padding.of(tokens.shape, mask).columns(
             jnp.broadcast_to(wanted_N, (n_rows, wanted_N.size))
         )
         used_BN = there & (-wanted_N[None] <= jnp.asarray(length_B)[:, None])
@@ -364,10 +364,10 @@ def read_target(
     model: Transformer, x_BTD: Float[Array, "B T D"], mask: Array | None, target: Target
 ) -> Float[Array, " B"]:
     """The target of each row, from the final stream; unembeds only what the target reads."""
-    places = Places.of(x_BTD.shape[:2], mask)
+    padding = Padding.of(x_BTD.shape[:2], mask)
     if isinstance(target, Custom) and target.position is None:
-        return target.value(model, _normed(model, x_BTD, places.real), places.real)
-    index_BN, real_BN = places.find(target.positions(x_BTD.shape[1]))
+        return target.value(model, _normed(model, x_BTD, padding.real), padding.real)
+    index_BN, real_BN = padding.columns(target.positions(x_BTD.shape[1]))
     x_BND = jnp.take_along_axis(x_BTD, index_BN[..., None], 1)
     x_BND = jnp.where(real_BN[..., None], x_BND, 0)
     return target.value(model, _normed(model, x_BND, real_BN), real_BN)

@@ -133,7 +133,7 @@ def _readings(model: Transformer, r: Array) -> tuple[Array, Array, Reading | Non
 
     size = norm(r)
     r, found = ratio(r, size[..., None]), []
-    for blocks, _ in reversed(model.parts()):
+    for blocks, _ in reversed(model.stacks()):
         r, own = jax.lax.scan(back, r, blocks, reverse=True)
         found.insert(0, own)
     return r, size, jax.tree.map(lambda *x: jnp.concatenate(x), *found)

@@ -40,7 +40,7 @@ from arrakis_jax.results.record import (
     ABSENT,
     Record,
 )
-from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.padding import Padding
 from arrakis_jax.stream.residuals import (
     ModelOutput,
     ResidualStream,
@@ -219,9 +219,9 @@ def _routes(model, source, mask, position, threshold, *, edges):
         model, source, mask, fields, None, lambda _, layer: (None, _edges(model, layer, edges))
     )
     found: Edges = passed.stacked
-    places = Places.of(passed.stream.mask.shape, passed.stream.mask)
-    index, exists = places.find(position[:, None])
-    end = (jnp.arange(places.real.shape[1])[None] == index) & exists
+    padding = Padding.of(passed.stream.mask.shape, passed.stream.mask)
+    index, exists = padding.columns(position[:, None])
+    end = (jnp.arange(padding.real.shape[1])[None] == index) & exists
 
     def back(reached: Array, layer: Edges) -> tuple[Array, Edges]:
         return _followed(reached, layer, threshold, config.parallel)

@@ -45,7 +45,7 @@ from arrakis_jax.results.record import (
     ABSENT,
     Record,
 )
-from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.padding import Padding
 from arrakis_jax.stream.residuals import (
     ModelOutput,
     ResidualStream,
@@ -185,7 +185,7 @@ def _flow(model, source, mask, targets, against, *, method, layers):
     if isinstance(source, ResidualStream):
         real = source.mask
     else:
-        real = Places.of(source.shape, mask).real
+        real = Padding.of(source.shape, mask).real
     if method in TO_LOGITS:
         complete = method == "alti_logit_complete"
         found = logit_flow(model, source, mask, real, targets, against, complete, layers)

@@ -25,7 +25,7 @@ from arrakis_jax.results.record import Record
 from arrakis_jax.stream.points import (
     Points,
     centred,
-    kept_places,
+    kept_tokens,
     point_capture,
     stream_points,
 )
@@ -112,7 +112,7 @@ def _cka(model, stream, *, first):
 
 def _of_stream(model: Transformer, stream: ResidualStream, first: bool) -> CKA:
     points, names = stream_points(model.config, stream)
-    return CKA(value=cka(points, kept_places(stream, first)), points=names)
+    return CKA(value=cka(points, kept_tokens(stream, first)), points=names)
 
 
 def cka(points: Float[Array, "P B T D"], kept: Bool[Array, "B T"]) -> Float[Array, "P P"]:

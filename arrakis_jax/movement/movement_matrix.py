@@ -13,7 +13,7 @@ from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.source import over_points
 from arrakis_jax.movement.residual_movement import Movement, _movement
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.stream.points import Points, kept_places, point_capture, stream_points
+from arrakis_jax.stream.points import Points, kept_tokens, point_capture, stream_points
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 
 BLOCK = 8  # dimensions summed at once
@@ -103,7 +103,7 @@ def _all_pairs(
     model: Transformer, stream: ResidualStream, reduce: str | None, first: bool
 ) -> MovementMatrix:
     points, names = stream_points(model.config, stream)
-    kept = kept_places(stream, first)
+    kept = kept_tokens(stream, first)
     found, moved = _over_positions(points)
     if reduce is None:
         found = jax.tree.map(lambda x: jnp.where(over(kept, x), x, 0), found)

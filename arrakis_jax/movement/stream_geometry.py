@@ -26,7 +26,7 @@ from arrakis_jax.results.record import Record
 from arrakis_jax.stream.points import (
     Points,
     centred,
-    kept_places,
+    kept_tokens,
     point_capture,
     stream_points,
 )
@@ -132,7 +132,7 @@ def _geometry(model, stream, *, k, first):
 
 def _of_stream(model: Transformer, stream: ResidualStream, k: int, first: bool) -> StreamGeometry:
     points, names = stream_points(model.config, stream)
-    kept, real = kept_places(stream, first), kept_places(stream, True)
+    kept, real = kept_tokens(stream, first), kept_tokens(stream, True)
     acc = jnp.promote_types(points.dtype, jnp.float32)
 
     def at_point(x: Float[Array, "B T D"]) -> tuple[Array, ...]:

@@ -11,7 +11,7 @@ from arrakis_jax.core.axes import (
     over,
 )
 from arrakis_jax.core.config import ModelConfig
-from arrakis_jax.nn.context import Where
+from arrakis_jax.nn.context import AttentionContext
 from arrakis_jax.nn.linear import affine, constant, flat_affine, product, softcap, weight, writers
 from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.rotary import rotate
@@ -40,7 +40,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         inputs: tuple[Array, Array, Array],
-        where: Where,
+        context: AttentionContext,
         layer: Int[Array, ""],
         site: Sites,
     ) -> Array:
@@ -58,21 +58,21 @@ class Attention(nnx.Module):
             k_BTGK = self.norm_k(k_BTGK, site, "norm_k_scale")
         if (limit := cfg.clip_qkv) is not None:
             q_BTHK, k_BTGK, v_BTGK = (jnp.clip(x, -limit, limit) for x in (q_BTHK, k_BTGK, v_BTGK))
-        if where.rotation is not None:
+        if context.rotation is not None:
             q_BTHK, k_BTGK = (
-                rotate(x, *where.rotation, interleaved=cfg.rope_interleaved)
+                rotate(x, *context.rotation, interleaved=cfg.rope_interleaved)
                 for x in (q_BTHK, k_BTGK)
             )
         q_BTHK = site("q", q_BTHK)
         k_BSGK = site("k", k_BTGK)
         v_BSGK = site("v", v_BTGK)
-        if where.before is not None:
-            pairs = zip(where.before, (k_BSGK, v_BSGK), strict=True)
+        if context.before is not None:
+            pairs = zip(context.before, (k_BSGK, v_BSGK), strict=True)
             k_BSGK, v_BSGK = (jnp.concatenate(pair, 1) for pair in pairs)
 
-        scores_BGRTS = self.scores(q_BTHK, k_BSGK, where, layer)
+        scores_BGRTS = self.scores(q_BTHK, k_BSGK, context, layer)
         pattern_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1)
-        allowed = where.allowed[:, None, None]
+        allowed = context.allowed[:, None, None]
         pattern_BGRTS = jnp.where(allowed, pattern_BGRTS[..., : allowed.shape[-1]], 0)
         pattern_BHTS = rearrange(pattern_BGRTS, "B G R T S -> B (G R) T S")
         pattern_BHTS = site("pattern", pattern_BHTS, axis=2)
@@ -85,7 +85,9 @@ class Attention(nnx.Module):
         z_BTHK = site("z", z_BTHK)
         return flat_affine(z_BTHK, self.w_o, self.b_o, cfg, n_in=2)
 
-    def scores(self, q_BTHK: Array, k_BSGK: Array, where: Where, layer: Int[Array, ""]) -> Array:
+    def scores(
+        self, q_BTHK: Array, k_BSGK: Array, context: AttentionContext, layer: Int[Array, ""]
+    ) -> Array:
         """What softmax turns into attention, `[B,G,R,T,S]`; with sinks `[B,G,R,T,S+1]`.
 
         The least finite number at keys that may not be read.
@@ -93,13 +95,13 @@ class Attention(nnx.Module):
         cfg, scale = self.config, self._scale(layer)
         q_BGRTK = rearrange(q_BTHK, "B T (G R) K -> B G R T K", G=cfg.n_kv_heads)
         scores_BGRTS = product("BGRTK,BSGK->BGRTS", q_BGRTK, k_BSGK, config=cfg)
-        bias = where.bias
+        bias = context.bias
         if bias is not None:
             bias = rearrange(bias, "B (G R) S -> B G R 1 S", G=cfg.n_kv_heads)
             bias = bias * scale if cfg.falcon_alibi else bias
         scores_BGRTS = softcap(scores_BGRTS * scale, cfg.attention_softcap)
         scores_BGRTS = scores_BGRTS if bias is None else scores_BGRTS + bias
-        allowed = where.allowed[:, None, None]
+        allowed = context.allowed[:, None, None]
         # A finite minimum and a second `where`: rows of padding have no key at all.
         scores_BGRTS = jnp.where(allowed, scores_BGRTS, jnp.finfo(cfg.acc).min)
         if self.sinks is not None:

@@ -9,7 +9,7 @@ from arrakis_jax.core.axes import (
 )
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.nn.attention import Attention
-from arrakis_jax.nn.context import Where
+from arrakis_jax.nn.context import AttentionContext
 from arrakis_jax.nn.mlp import MLP
 from arrakis_jax.nn.moe import MoE
 from arrakis_jax.nn.norm import Norm
@@ -46,20 +46,22 @@ class Block(nnx.Module):
         self.moe = MoE(config, rngs, stack) if moe else None
         self.norm_mlp_out = Norm(config, stack) if writes and has_mlp else None
 
-    def __call__(self, x_BTD: Array, where: Where, layer: Int[Array, ""], site: Sites) -> Array:
+    def __call__(
+        self, x_BTD: Array, context: AttentionContext, layer: Int[Array, ""], site: Sites
+    ) -> Array:
         """The stream after the block, from the stream before it."""
         place, dtype = self.config.norm_placement, x_BTD.dtype
         x_BTD = site("resid_pre", x_BTD)
         y_BTD = x_BTD if place == "stream_after" else self._norm("attn", x_BTD, site)
         inputs = self.head_inputs(x_BTD, y_BTD, site)
         if self.config.parallel:
-            attn_BTD = self.attn_write(inputs, where, layer, site)
+            attn_BTD = self.attn_write(inputs, context, layer, site)
             y_BTD = y_BTD if self.config.shared_norm else self._norm("mlp", x_BTD, site)
             y_BTD = self._mlp_input(x_BTD, y_BTD, site)
             x_BTD = x_BTD + attn_BTD
         else:
             x_BTD = y_BTD if place == "stream_before" else x_BTD
-            x_BTD = x_BTD + self.attn_write(inputs, where, layer, site)
+            x_BTD = x_BTD + self.attn_write(inputs, context, layer, site)
             if place == "stream_after":
                 x_BTD = self._norm("attn", x_BTD, site)
             x_BTD = site("resid_mid", x_BTD.astype(dtype))
@@ -99,10 +101,14 @@ class Block(nnx.Module):
         return self._norm(what, x, site.unseen)
 
     def attn_write(
-        self, inputs: tuple[Array, Array, Array], where: Where, layer: Int[Array, ""], site: Sites
+        self,
+        inputs: tuple[Array, Array, Array],
+        context: AttentionContext,
+        layer: Int[Array, ""],
+        site: Sites,
     ) -> Array:
         """What attention writes, from the inputs of queries, keys and values."""
-        return self._write("attn", self.attn(inputs, where, layer, site), site)
+        return self._write("attn", self.attn(inputs, context, layer, site), site)
 
     def mlp_write(self, y_BTD: Array, site: Sites) -> Array:
         """What the MLP, or the experts, write."""

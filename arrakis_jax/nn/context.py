@@ -16,11 +16,11 @@ from arrakis_jax.core.axes import (
 )
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.nn.rotary import rotation
-from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.padding import Padding
 
 
 @dataclass(frozen=True)
-class Where:
+class AttentionContext:
     """What attention of one layer takes from the positions.
 
     Attributes:
@@ -37,52 +37,56 @@ class Where:
 
 
 @dataclass(frozen=True)
-class Positions:
-    """`Where` for every layer: each kind of it is computed once, outside the scan over layers.
+class AttentionContexts:
+    """The `AttentionContext` of every layer. Each kind is computed once, outside the scan.
 
     Attributes:
-        rotations: the kinds of rotation; None stands for no rotation at all in any layer.
-        turns: the kind of each layer.
-        reaches: the kinds of `allowed`.
-        windows: the kind of each layer.
+        rotations: each kind of rotation in the model; None if no layer rotates.
+        rotation_of_layer: `[L]`, which of them each layer has.
+        allowed: each kind of `AttentionContext.allowed` in the model.
+        allowed_of_layer: `[L]`, which of them each layer has.
         bias: ALiBi's bias.
         before: keys and values `[L,B,N,G,K]` of the tokens before these.
     """
 
     rotations: list[tuple[Array, Array]] | None
-    turns: np.ndarray
-    reaches: list[Array]
-    windows: np.ndarray
+    rotation_of_layer: np.ndarray
+    allowed: list[Array]
+    allowed_of_layer: np.ndarray
     bias: Array | None
     before: tuple[Array, Array] | None = None
 
     @classmethod
-    def of(cls, config: ModelConfig, places: Places) -> "Positions":
-        """Everything that the layers of this config need, for tokens at these places."""
+    def of(cls, config: ModelConfig, padding: Padding) -> "AttentionContexts":
+        """Everything that the layers of this config need, for tokens with this padding."""
         windowed = _per_layer(config, config.window_layers, config.window is not None)
-        rotations, turns = None, np.zeros(len(windowed), int)
+        rotations, rotation_of_layer = None, np.zeros(len(windowed), int)
         if config.rope_theta is not None:
-            rotations, turns = _rotations(config, places, windowed)
+            rotations, rotation_of_layer = _rotations(config, padding, windowed)
         spans = [config.window if kind else None for kind in np.unique(windowed)]
         return cls(
             rotations=rotations,
-            turns=turns,
-            reaches=[places.allowed(span) for span in spans],
-            windows=windowed if len(spans) > 1 else np.zeros(len(windowed), int),
-            bias=alibi(config, places.position) if config.positions == "alibi" else None,
+            rotation_of_layer=rotation_of_layer,
+            allowed=[padding.allowed(span) for span in spans],
+            allowed_of_layer=windowed if len(spans) > 1 else np.zeros(len(windowed), int),
+            bias=alibi(config, padding.rank) if config.positions == "alibi" else None,
         )
 
-    def after(self, before: tuple[Array, Array]) -> "Positions":
+    def after(self, before: tuple[Array, Array]) -> "AttentionContexts":
         """The same of the tokens after those whose keys and values these are."""
         n = before[0].shape[2]
-        rotations, reaches = jax.tree.map(lambda x: x[:, n:], (self.rotations, self.reaches))
-        return replace(self, rotations=rotations, reaches=reaches, before=before)
+        rotations, allowed = jax.tree.map(lambda x: x[:, n:], (self.rotations, self.allowed))
+        return replace(self, rotations=rotations, allowed=allowed, before=before)
 
-    def at(self, layer: Int[Array, ""]) -> Where:
+    def at(self, layer: Int[Array, ""]) -> AttentionContext:
         """What this layer needs."""
-        turn = None if self.rotations is None else _pick(self.rotations, self.turns, layer)
+        turn = (
+            None if self.rotations is None else _pick(self.rotations, self.rotation_of_layer, layer)
+        )
         before = jax.tree.map(lambda x: x[layer], self.before)
-        return Where(turn, _pick(self.reaches, self.windows, layer), self.bias, before)
+        return AttentionContext(
+            turn, _pick(self.allowed, self.allowed_of_layer, layer), self.bias, before
+        )
 
 
 def _per_layer(config: ModelConfig, given: tuple[bool, ...] | None, default: bool) -> np.ndarray:
@@ -90,10 +94,10 @@ def _per_layer(config: ModelConfig, given: tuple[bool, ...] | None, default: boo
 
 
 def _rotations(
-    config: ModelConfig, places: Places, windowed: np.ndarray
+    config: ModelConfig, padding: Padding, windowed: np.ndarray
 ) -> tuple[list[tuple[Array, Array]], np.ndarray]:
     """The kinds of rotation: ordinary, in layers with a window, none; and each layer's."""
-    theta, longest = config.rope_theta, places.count.max(initial=0)
+    theta, longest = config.rope_theta, padding.count.max(initial=0)
     assert theta is not None
     kinds = windowed * (config.window_rope_theta is not None)
     kinds = np.where(_per_layer(config, config.rope_layers, True), kinds, 2)
@@ -103,7 +107,7 @@ def _rotations(
             theta, scaling = config.window_rope_theta or theta, config.window_rope_scaling
         else:
             theta, scaling = config.rope_theta or theta, config.rope_scaling
-        cos, sin = rotation(config, theta, scaling, places.position, longest)
+        cos, sin = rotation(config, theta, scaling, padding.rank, longest)
         rotations.append((jnp.ones_like(cos), jnp.zeros_like(sin)) if kind == 2 else (cos, sin))
     return rotations, np.searchsorted(np.unique(kinds), kinds)
 

@@ -20,7 +20,7 @@ from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract
 from arrakis_jax.nn.block import Block
-from arrakis_jax.nn.context import Positions
+from arrakis_jax.nn.context import AttentionContexts
 from arrakis_jax.nn.linear import constant, product, softcap, weight
 from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.site import Sites
@@ -36,7 +36,7 @@ from arrakis_jax.stream.fields import (
     UNSTACKED,
     lacking,
 )
-from arrakis_jax.stream.padding import Places, select_positions
+from arrakis_jax.stream.padding import Padding, select_positions
 from arrakis_jax.stream.residuals import (
     ModelOutput,
     ResidualStream,
@@ -179,13 +179,13 @@ class Transformer(nnx.Module):
         self, tokens: Int[Array, "B T"], *, mask: Array | None = None
     ) -> Float[Array, "B T D"]:
         """Token plus learned position embedding, the stream entering block 0; zero at padding."""
-        places = Places.of(tokens.shape, mask)
-        if places.mask is not None:
-            tokens = jnp.where(places.mask, tokens, 0)
+        padding = Padding.of(tokens.shape, mask)
+        if padding.mask is not None:
+            tokens = jnp.where(padding.mask, tokens, 0)
         x_BTD = self.embed_tokens(tokens)
         if self.w_pos is not None:
-            x_BTD = x_BTD + self.embed_positions(places.position)
-        return x_BTD if places.mask is None else jnp.where(places.mask[..., None], x_BTD, 0)
+            x_BTD = x_BTD + self.embed_positions(padding.rank)
+        return x_BTD if padding.mask is None else jnp.where(padding.mask[..., None], x_BTD, 0)
 
     def after_embedding(
         self,
@@ -205,20 +205,20 @@ class Transformer(nnx.Module):
         mask then says which of them exist. Fields named in `whole` are recorded at every position.
         """
         capture = as_capture(capture)
-        places = Places.of(x_BTD.shape[:2], mask)
+        padding = Padding.of(x_BTD.shape[:2], mask)
         taps = {} if taps is None else taps
-        site = replace(self._sites(places, capture, edits, at), whole=frozenset(whole))
+        site = replace(self._sites(padding, capture, edits, at), whole=frozenset(whole))
         outside = replace(site, taps={k: v for k, v in taps.items() if k in UNSTACKED}, records={})
         inside = {k: v for k, v in taps.items() if k not in UNSTACKED}
 
         x_BTD = outside("embed", x_BTD.astype(self.config.stream))
-        x_BTD, records, layers = self._scan(x_BTD, site, places, capture, inside)
+        x_BTD, records, layers = self._scan(x_BTD, site, padding, capture, inside)
         x_BTD = outside("final", x_BTD)
         logits = self._logits(x_BTD, outside, capture)
 
         about: dict[str, Any] = {
             "tokens": tokens,
-            "mask": places.real if at is None else site.valid,
+            "mask": padding.real if at is None else site.valid,
             "layers": layers,
             "positions": capture.positions if at is None else None,
             "lacks": lacking(self.config),
@@ -246,18 +246,18 @@ class Transformer(nnx.Module):
             The stream outside of the layers (embed, final, norm_final_scale), the last state, and
             for each segment what was found, stacked over its layers.
         """
-        places = Places.of(x_BTD.shape[:2], mask)
-        site = self._sites(places, Capture((*fields, *UNSTACKED)), edits)
+        padding = Padding.of(x_BTD.shape[:2], mask)
+        site = self._sites(padding, Capture((*fields, *UNSTACKED)), edits)
         outside = replace(site, records={})
         x_BTD = outside("embed", x_BTD.astype(self.config.stream))
         about: dict[str, Any] = {
-            "mask": places.real,
+            "mask": padding.real,
             "lacks": lacking(self.config),
             "normed": self.config.norms_stream,
         }
         found = []
-        for i, (blocks, layers) in enumerate(self.parts()):
-            body = self._body(self._in_segment(site, i, layers), places)
+        for i, (blocks, layers) in enumerate(self.stacks()):
+            body = self._body(self._in_segment(site, i, layers), padding)
 
             def folding(carry: tuple, xs: tuple, body: Callable = body) -> tuple[tuple, Any]:
                 x_BTD, state = carry
@@ -310,11 +310,11 @@ class Transformer(nnx.Module):
     ) -> ModelOutput:
         """The final norm and the unembedding of a stream."""
         capture = as_capture(capture)
-        places = Places.of(x_BTD.shape[:2], mask)
-        site = self._sites(places, capture, edits)
+        padding = Padding.of(x_BTD.shape[:2], mask)
+        site = self._sites(padding, capture, edits)
         logits = self._logits(site("final", x_BTD.astype(self.config.stream)), site, capture)
         about: dict[str, Any] = {
-            "mask": places.real,
+            "mask": padding.real,
             "positions": capture.positions,
             "lacks": lacking(self.config),
             "normed": self.config.norms_stream,
@@ -354,15 +354,15 @@ class Transformer(nnx.Module):
         """
         n_layers = self.config.n_layers
         n_before = 0 if before is None else before[0].shape[2]
-        places = Places.of((x_BTD.shape[0], n_before + x_BTD.shape[1]), mask)
-        site = self._sites(places.after(n_before), Capture(()), edits)
+        padding = Padding.of((x_BTD.shape[0], n_before + x_BTD.shape[1]), mask)
+        site = self._sites(padding.after(n_before), Capture(()), edits)
         x_BTD = x_BTD.astype(self.config.stream)
         if isinstance(start, int):
             begin = start + n_layers if start < 0 else start
         else:
             begin = jnp.where(start < 0, start + n_layers, start)
-        for i, (blocks, layers) in enumerate(self.parts()):
-            body = self._body(self._in_segment(site, i, layers), places, before)
+        for i, (blocks, layers) in enumerate(self.stacks()):
+            body = self._body(self._in_segment(site, i, layers), padding, before)
             first, last = layers.start, layers.stop
             if isinstance(begin, int):
                 rest = slice(max(begin - first, 0), None)
@@ -386,7 +386,7 @@ class Transformer(nnx.Module):
             x_BTD = jax.lax.fori_loop(jnp.maximum(begin, first), last, step, x_BTD)
         return x_BTD
 
-    def parts(self) -> list[tuple[Block, range]]:
+    def stacks(self) -> list[tuple[Block, range]]:
         """The stacked blocks of each segment, and which layers they are."""
         blocks: list[Any] = [self.blocks] if self.segments is None else list(self.segments)
         ends = np.cumsum([n for _, n in self.config.segments]).tolist()
@@ -394,24 +394,22 @@ class Transformer(nnx.Module):
         return [(b, range(*ends)) for b, *ends in zip(blocks, starts, ends, strict=True)]
 
     def _sites(
-        self, places: Places, capture: Capture, edits: Edits, at: Array | None = None
+        self, padding: Padding, capture: Capture, edits: Edits, at: Array | None = None
     ) -> Sites:
         bound = tuple(
-            edit.bind(self.config, places.position, places.count)
-            if isinstance(edit, Edit)
-            else edit
+            edit.bind(self.config, padding.rank, padding.count) if isinstance(edit, Edit) else edit
             for edit in edits
         )
         index = valid = None
         if at is None and capture.positions is not None:
             at = jnp.array(capture.positions, int)
         if at is not None:
-            index, valid = places.find(at)
+            index, valid = padding.columns(at)
         routing = ROUTING_SITES.values() if "routing" in capture.fields else ()
         return Sites(
             capture=frozenset((*capture.fields, *routing)),
             edits=bound,
-            mask=places.mask,
+            mask=padding.mask,
             index=index,
             valid=valid,
         )
@@ -427,16 +425,16 @@ class Transformer(nnx.Module):
         return replace(site, edits=tuple(edit for edit in own if edit is not None))
 
     def _body(
-        self, site: Sites, places: Places, before: tuple[Array, Array] | None = None
+        self, site: Sites, padding: Padding, before: tuple[Array, Array] | None = None
     ) -> Callable:
         """One layer as a scan's body: `(x, (block, taps, layer)) -> (x, records)`."""
-        positions = Positions.of(self.config, places)
-        positions = positions if before is None else positions.after(before)
+        contexts = AttentionContexts.of(self.config, padding)
+        contexts = contexts if before is None else contexts.after(before)
 
         def body(x_BTD: Array, xs: tuple) -> tuple[Array, dict[str, Array]]:
             block, taps, layer = xs
             here = replace(site, taps=taps, layer=layer, records={})
-            return block(x_BTD, positions.at(layer), layer, here), here.records
+            return block(x_BTD, contexts.at(layer), layer, here), here.records
 
         # Saves the products with weights and recomputes the rest, the T x T arrays above all.
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -446,7 +444,7 @@ class Transformer(nnx.Module):
         self,
         x_BTD: Array,
         site: Sites,
-        places: Places,
+        padding: Padding,
         capture: Capture,
         taps: dict[str, Any],
     ) -> tuple[Array, dict[str, Any], tuple[int, ...] | None]:
@@ -454,7 +452,7 @@ class Transformer(nnx.Module):
         wanted = capture.layers
         wanted = None if wanted is None else _counted(wanted, self.config.n_layers)
         records = []
-        for i, (blocks, layers) in enumerate(self.parts()):
+        for i, (blocks, layers) in enumerate(self.stacks()):
             own = {
                 name: tap[i]
                 if isinstance(tap, tuple)
@@ -462,7 +460,7 @@ class Transformer(nnx.Module):
                 for name, tap in taps.items()
                 if not (isinstance(tap, tuple) and tap[i] is None)
             }
-            body = self._body(self._in_segment(site, i, layers), places)
+            body = self._body(self._in_segment(site, i, layers), padding)
             xs = (blocks, own, jnp.arange(layers.start, layers.stop))
             if wanted is None:
                 x_BTD, record = jax.lax.scan(body, x_BTD, xs)

@@ -19,13 +19,13 @@ from arrakis_jax.forward.targets import (
     Target,
     read_target,
 )
-from arrakis_jax.nn.context import Positions
+from arrakis_jax.nn.context import AttentionContexts
 from arrakis_jax.nn.site import Sites
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.patching.gates import Gate, openings_of, together, with_openings
 from arrakis_jax.patching.qk_fix import READ, fixed
 from arrakis_jax.stream.fields import UNSTACKED
-from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.padding import Padding
 
 WRITES = ("attn_out", "mlp_out")
 
@@ -64,8 +64,8 @@ def dropped_effects(
     """
     config = model.config
     n_layers = config.n_layers
-    places = Places.of(x_BTD.shape[:2], mask)
-    positions = Positions.of(config, places)
+    padding = Padding.of(x_BTD.shape[:2], mask)
+    contexts = AttentionContexts.of(config, padding)
     base = model.after_embedding(x_BTD, mask=mask, capture=("resid_pre", "final")).residuals
     value_B, pull = jax.vjp(lambda x: read_target(model, x, mask, target), base.final)
     final_BTD = pull(jnp.ones_like(value_B))[0]
@@ -74,7 +74,7 @@ def dropped_effects(
     def of_layer(carry: tuple, xs: tuple) -> tuple[tuple, tuple]:
         """From cotangents behind a block to those before it, with what the layer's nodes do."""
         block, layer, x_BTD, gates, source = xs
-        where = positions.at(layer)
+        context = contexts.at(layer)
 
         def forward(x_BTD: Array, openings: dict, z: Array | None) -> tuple[tuple, dict]:
             passes = {}
@@ -86,8 +86,8 @@ def dropped_effects(
 
             taps = with_openings(gates, openings, z)
             capture = frozenset(READ if source else ())
-            here = Sites(capture, taps, (hold,), layer, places.mask)
-            return (block(x_BTD, where, layer, here), passes), here.records
+            here = Sites(capture, taps, (hold,), layer, padding.mask)
+            return (block(x_BTD, context, layer, here), passes), here.records
 
         shape = (*x_BTD.shape[:2], config.n_heads, config.d_head)
         z_BTHK = jnp.zeros(shape, config.acc) if source else None
@@ -98,7 +98,7 @@ def dropped_effects(
             through = (run != layer).astype(config.acc)
             x_BTD, effects, g_BTHK = pull((x_BTD, dict.fromkeys(passes, through)))
             if source:
-                effects = effects | fixed(block.attn, where, layer, read, g_BTHK, source)
+                effects = effects | fixed(block.attn, context, layer, read, g_BTHK, source)
             return x_BTD, {site: together(site, e, over) for site, e in effects.items()}
 
         plain_BTD, runs_NBTD = carry
@@ -118,7 +118,7 @@ def dropped_effects(
 
     carry = first = (final_BTD, jnp.broadcast_to(final_BTD, (n_layers, *final_BTD.shape)))
     found = []
-    for blocks, layers in reversed(model.parts()):
+    for blocks, layers in reversed(model.stacks()):
         rows = slice(layers.start, layers.stop)
         own = jax.tree.map(lambda x, rows=rows: x[rows], (base.resid_pre, inside, source))
         xs = (blocks, jnp.arange(layers.start, layers.stop), *own)

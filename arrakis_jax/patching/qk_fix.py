@@ -17,12 +17,9 @@ from arrakis_jax.core.axes import (
 )
 from arrakis_jax.core.numerics import contract
 from arrakis_jax.nn.attention import Attention
-from arrakis_jax.nn.context import (
-    Positions,
-    Where,
-)
+from arrakis_jax.nn.context import AttentionContext, AttentionContexts
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.padding import Padding
 from arrakis_jax.stream.residuals import ResidualStream
 
 # What a run must capture for `qk_effects`.
@@ -40,14 +37,14 @@ def qk_effects(
 
     `base` holds `READ`, `g` is the gradient at z, and `source` has the "q" or "k" put in place.
     """
-    positions = Positions.of(model.config, Places.of(base.mask.shape, mask))
+    contexts = AttentionContexts.of(model.config, Padding.of(base.mask.shape, mask))
 
     def of_layer(_: None, xs: tuple) -> tuple[None, dict[str, Array]]:
         attn, layer, *rest = xs
-        return None, fixed(attn, positions.at(layer), layer, *rest)
+        return None, fixed(attn, contexts.at(layer), layer, *rest)
 
     found = []
-    for blocks, layers in model.parts():
+    for blocks, layers in model.stacks():
         rows = slice(layers.start, layers.stop)
         read = {name: getattr(base, name) for name in READ}
         own = jax.tree.map(lambda x, rows=rows: x[rows], (read, g_LBTHK, source))
@@ -58,7 +55,7 @@ def qk_effects(
 
 def fixed(
     attn: Attention,
-    where: Where,
+    context: AttentionContext,
     layer: Int[Array, ""],
     base: dict[str, Array],
     g_BTHK: Float[Array, "B T H K"],
@@ -71,7 +68,7 @@ def fixed(
     g_BGRTS = contract("BTGRK,BSGK->BGRTS", g_BTGRK, v_BSGK)  # the gradient at the pattern
 
     def scores(q_BTHK: Array, k_BSGK: Array) -> Array:
-        return attn.scores(q_BTHK, k_BSGK, where, layer)
+        return attn.scores(q_BTHK, k_BSGK, context, layer)
 
     scores_BGRTS, found = scores(q_BTHK, k_BSGK), {}
     sinks = scores_BGRTS.shape[-1] - n_keys

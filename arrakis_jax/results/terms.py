@@ -13,7 +13,7 @@ from arrakis_jax.results.record import Record
 from arrakis_jax.results.table import Table, table_of
 
 
-class Values(Record):
+class TermValues(Record):
     """What results with a number for each of C terms have in common.
 
     Attributes:

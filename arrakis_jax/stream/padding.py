@@ -8,42 +8,42 @@ from arrakis_jax.core.axes import Array, Bool, Int, over
 
 
 @dataclass(frozen=True)
-class Places:
+class Padding:
     """Where real tokens stand on the T axis; any axes before T are a batch.
 
     Attributes:
         mask: `[...,T]`, True at real tokens; None when every token is real.
-        position: `[...,T]`, the number of real tokens before each.
+        rank: `[...,T]`, how many real tokens stand before each.
         count: `[...]`, the number of real tokens.
     """
 
     mask: Bool[Array, "... T"] | None
-    position: Int[Array, "... T"]
+    rank: Int[Array, "... T"]
     count: Int[Array, "..."]
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], mask: Array | None) -> "Places":
-        """The places of tokens of shape `[...,T]` with this mask."""
+    def of(cls, shape: tuple[int, ...], mask: Array | None) -> "Padding":
+        """The padding of tokens of shape `[...,T]` with this mask."""
         if mask is None:
-            position = jnp.broadcast_to(jnp.arange(shape[-1]), shape)
-            return cls(None, position, jnp.full(shape[:-1], shape[-1]))
+            rank = jnp.broadcast_to(jnp.arange(shape[-1]), shape)
+            return cls(None, rank, jnp.full(shape[:-1], shape[-1]))
         mask = jnp.asarray(mask, bool)
-        position = jnp.maximum(jnp.cumsum(mask, -1) - 1, 0)
-        return cls(mask, position, mask.sum(-1))
+        rank = jnp.maximum(jnp.cumsum(mask, -1) - 1, 0)
+        return cls(mask, rank, mask.sum(-1))
 
-    def after(self, n: int) -> "Places":
+    def after(self, n: int) -> "Padding":
         """Those of the columns from `n` on."""
         mask = None if self.mask is None else self.mask[..., n:]
-        return Places(mask, self.position[..., n:], self.count)
+        return Padding(mask, self.rank[..., n:], self.count)
 
     @property
     def real(self) -> Bool[Array, "... T"]:
         """The mask, also when every token is real."""
-        return jnp.ones(self.position.shape, bool) if self.mask is None else self.mask
+        return jnp.ones(self.rank.shape, bool) if self.mask is None else self.mask
 
     def allowed(self, window: int | None = None) -> Bool[Array, "... T S"]:
         """Which keys each query may read: real ones, the last `window` up to itself (or all)."""
-        t = self.position.shape[-1]
+        t = self.rank.shape[-1]
         allowed = jnp.tril(jnp.ones((t, t), bool))[None]
         if self.mask is None:
             return allowed if window is None else jnp.triu(allowed, 1 - window)
@@ -51,18 +51,20 @@ class Places:
         allowed = over(allowed[0], keys) & keys
         if window is None:
             return allowed
-        return allowed & (self.position[..., None] - self.position[..., None, :] < window)
+        return allowed & (self.rank[..., None] - self.rank[..., None, :] < window)
 
-    def number(self, wanted: Int[Array, "... N"]) -> Int[Array, "... N"]:
+    def counted(self, wanted: Int[Array, "... N"]) -> Int[Array, "... N"]:
         """Positions counted from each row's first real token; negative ones from its end."""
         count = self.count[..., None]
         wanted = over(wanted, count)
         return jnp.where(wanted < 0, wanted + count, wanted)
 
-    def find(self, wanted: Int[Array, "... N"]) -> tuple[Int[Array, "... N"], Bool[Array, "... N"]]:
+    def columns(
+        self, wanted: Int[Array, "... N"]
+    ) -> tuple[Int[Array, "... N"], Bool[Array, "... N"]]:
         """The indices on the T axis of positions counted in real tokens, and which exist."""
-        wanted = self.number(wanted)
-        hit_NT = (self.position[..., None, :] == wanted[..., None]) & self.real[..., None, :]
+        wanted = self.counted(wanted)
+        hit_NT = (self.rank[..., None, :] == wanted[..., None]) & self.real[..., None, :]
         return jnp.argmax(hit_NT, -1), hit_NT.any(-1)
 
 

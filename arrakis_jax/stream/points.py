@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from arrakis_jax.core.axes import Array, Bool, Float
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.stream.capture import Capture
-from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.padding import Padding
 from arrakis_jax.stream.residuals import ResidualStream
 
 Points = tuple[tuple[str, int | None], ...]
@@ -38,14 +38,14 @@ def stream_points(
     return points, (*labels, ("final", None))
 
 
-def kept_places(stream: ResidualStream, first: bool) -> Bool[Array, "B T"]:
+def kept_tokens(stream: ResidualStream, first: bool) -> Bool[Array, "B T"]:
     """Which of the positions that a stream holds are real, without each row's first if asked."""
     stream.need("mask")
-    places = Places.of(stream.mask.shape, stream.mask)
-    real, position = places.real, places.position
+    padding = Padding.of(stream.mask.shape, stream.mask)
+    real, position = padding.real, padding.rank
     if stream.positions is not None:
         wanted = jnp.array(stream.positions, int)
-        real, position = places.find(wanted)[1], places.number(wanted)
+        real, position = padding.columns(wanted)[1], padding.counted(wanted)
     return real if first else real & (position > 0)
 
 

@@ -14,7 +14,7 @@ from arrakis_jax.core.errors import NotCapturedError, expected
 from arrakis_jax.results.record import ABSENT, Record
 from arrakis_jax.stream.capture import DEFAULT_CAPTURE
 from arrakis_jax.stream.fields import ABOUT, FIELDS, SCALES, UNSTACKED
-from arrakis_jax.stream.padding import Places, select_positions
+from arrakis_jax.stream.padding import Padding, select_positions
 
 
 @jax.tree_util.register_dataclass
@@ -143,7 +143,7 @@ class ResidualStream(Record):
         self.need("mask")
         static = positions if isinstance(positions, tuple) else None
         wanted = jnp.asarray(positions, int)
-        index, valid = Places.of(self.mask.shape, self.mask).find(wanted)
+        index, valid = Padding.of(self.mask.shape, self.mask).columns(wanted)
         column = index
         if self.positions is not None:
             if static is None or not set(static) <= set(self.positions):

@@ -51,7 +51,7 @@ def wants(kinds: tuple[str, ...] | None, some: tuple[str, ...]) -> bool:
     return kinds is None or bool(set(kinds) & set(some))
 
 
-class Part:
+class LayerTerms:
     """The terms that one layer writes, of a layer with the fields that they need."""
 
     def __init__(self, config: ModelConfig, layer: Layer):

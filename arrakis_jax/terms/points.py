@@ -8,7 +8,7 @@ from arrakis_jax.core.axes import Array, Int
 from arrakis_jax.core.checks import checked_layer
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
-from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.padding import Padding
 from arrakis_jax.stream.residuals import ResidualStream
 from arrakis_jax.terms.capture import WHOLE
 
@@ -38,8 +38,8 @@ def located(
 ) -> tuple[ResidualStream, Int[Array, "... T"]]:
     """The stream at these positions, and how many real tokens stand before each of them."""
     stream.need("mask")
-    places = Places.of(stream.mask.shape, stream.mask)
+    padding = Padding.of(stream.mask.shape, stream.mask)
     positions = stream.positions if positions is None else positions
     if positions is None:
-        return stream, places.position
-    return stream.at(positions, whole=WHOLE.get(by, ())), places.number(jnp.array(positions, int))
+        return stream, padding.rank
+    return stream.at(positions, whole=WHOLE.get(by, ())), padding.counted(jnp.array(positions, int))

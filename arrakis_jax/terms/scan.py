@@ -25,7 +25,7 @@ from arrakis_jax.results.labels import (
     Segment,
 )
 from arrakis_jax.stream.fields import UNSTACKED
-from arrakis_jax.stream.padding import Places, select_positions
+from arrakis_jax.stream.padding import Padding, select_positions
 from arrakis_jax.stream.residuals import ResidualStream
 from arrakis_jax.terms.capture import (
     WHOLE,
@@ -36,7 +36,7 @@ from arrakis_jax.terms.factors import (
     Measured,
     measured,
 )
-from arrakis_jax.terms.layer import Part
+from arrakis_jax.terms.layer import LayerTerms
 from arrakis_jax.terms.stream import check_found
 
 
@@ -106,23 +106,23 @@ def in_scan(
     """
     config = model.config
     fields = tuple(f for f in fields_for(config, by, kinds) if f not in UNSTACKED)
-    index, valid = (None, None) if at is None else Places.of(tokens.shape, mask).find(at)
+    index, valid = (None, None) if at is None else Padding.of(tokens.shape, mask).columns(at)
 
     def stepping(state: Any, layer: Layer) -> tuple[Any, Any]:
         stream, post = layer.stream, layer.resid_post
         if index is not None and valid is not None:
             stream = stream.picked(index, valid, whole=WHOLE.get(by, ()), stacked=False)
             post = select_positions(post, index, valid, 1)
-        part = Part(config, layer._replace(stream=stream, resid_post=post))
+        part = LayerTerms(config, layer._replace(stream=stream, resid_post=post))
         found = measured(part.terms(by, kinds), lambda factor: factor.along(direction))
         return step(state, layer, found)
 
     return over_layers(model, tokens, mask, fields, state, stepping)
 
 
-def outside_of(passed: Passed, places: Places, at: Array | None) -> ResidualStream:
+def outside_of(passed: Passed, padding: Padding, at: Array | None) -> ResidualStream:
     """The stream outside of the layers, at the positions asked for."""
-    return passed.stream if at is None else passed.stream.picked(*places.find(at))
+    return passed.stream if at is None else passed.stream.picked(*padding.columns(at))
 
 
 def labels_in_scan(
@@ -131,7 +131,7 @@ def labels_in_scan(
     """The labels of terms that were found in the scan, of all layers."""
     segments = tuple(
         Segment(tuple(layers), tuple(each.kind for each in own))
-        for own, (_, layers) in zip(found, model.parts(), strict=True)
+        for own, (_, layers) in zip(found, model.stacks(), strict=True)
     )
     labels = Labels(names, segments)
     check_found(kinds, labels)

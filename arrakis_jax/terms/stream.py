@@ -17,8 +17,15 @@ from arrakis_jax.stream.fields import UNSTACKED
 from arrakis_jax.stream.residuals import ResidualStream
 from arrakis_jax.terms.capture import Kinds, fields_for
 from arrakis_jax.terms.factors import AnyFactor, Factor
-from arrakis_jax.terms.layer import ATTENTION_KINDS, FIRST_KINDS, KINDS, MLP_KINDS, Part, wants
-from arrakis_jax.terms.stream_norms import Carry
+from arrakis_jax.terms.layer import (
+    ATTENTION_KINDS,
+    FIRST_KINDS,
+    KINDS,
+    MLP_KINDS,
+    LayerTerms,
+    wants,
+)
+from arrakis_jax.terms.stream_norms import StreamNorms
 
 
 class Span(NamedTuple):
@@ -59,11 +66,11 @@ def terms(
     ends, begins = span
     listed = range(min(begins), ends[0])
     wanted = tuple(listed) if layers is None else tuple(i for i in layers if i in listed)
-    carry = Carry(model, stream, sum(ends)) if config.norms_stream and sum(ends) else None
+    carry = StreamNorms(model, stream, sum(ends)) if config.norms_stream and sum(ends) else None
     names, first = _before(model, stream, position, kinds, carry, sum(begins), origin)
 
     layered, segments, dropped, skipped = [], [], 0, 0
-    for i, (block, own) in enumerate(model.parts()):
+    for i, (block, own) in enumerate(model.stacks()):
         here = tuple(layer for layer in wanted if layer in own)
         if not here:
             continue
@@ -116,7 +123,7 @@ def _before(
     stream: ResidualStream,
     position: Array,
     kinds: Kinds,
-    carry: Carry | None,
+    carry: StreamNorms | None,
     start: int,
     origin: Array | None,
 ) -> tuple[tuple[str, ...], Array]:
@@ -184,7 +191,7 @@ def _stacked(
 
     def one(block: Block, fields: dict[str, Any], post: Any) -> tuple:
         about: dict[str, Any] = {n: getattr(stream, n) for n in ("mask", "lacks", "normed")}
-        part = Part(
+        part = LayerTerms(
             config, Layer(block, jnp.zeros((), int), ResidualStream(**fields, **about), post)
         )
         before = part.attention(by) if wants(kinds, ATTENTION_KINDS) else ()

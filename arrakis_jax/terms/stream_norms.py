@@ -19,7 +19,7 @@ from arrakis_jax.terms.factors import (
 )
 
 
-class Carry:
+class StreamNorms:
     """The linear maps of norms on the stream itself, with their scales frozen.
 
     Norm j (two a layer) takes every term c that is there before it to `gain * centre(c) / s_j`.
@@ -29,7 +29,7 @@ class Carry:
 
     def __init__(self, model: Transformer, stream: ResidualStream, n_norms: int):
         """The first n norms of the model."""
-        blocks = [block for block, _ in model.parts()]
+        blocks = [block for block, _ in model.stacks()]
         pairs: list[list[Any]] = [[b.norm_attn for b in blocks], [b.norm_mlp for b in blocks]]
 
         def alternating(stacks: list[Array]) -> Array:

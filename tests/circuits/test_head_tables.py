@@ -96,7 +96,7 @@ def test_tables_of_weights_alone_are_literal_products(variant, x64):
               **dict(positions=None))  # fmt: skip
     config = m.config
     flat = [jax.tree.map(lambda w, i=i: np.asarray(w[i]), blocks)
-            for blocks, layers in m.parts() for i in range(len(layers))]  # fmt: skip
+            for blocks, layers in m.stacks() for i in range(len(layers))]  # fmt: skip
 
     def centred(x):
         return x - x.mean(-1, keepdims=True) if config.norm == "layernorm" else x

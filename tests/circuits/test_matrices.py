@@ -102,12 +102,14 @@ def test_writes_of_the_forward(name, x64):
         scale = np.asarray(scale)[..., None]
         return value * gain / scale, bias, scale
 
-    attn = [block.attn for block, _ in m.parts()]
+    attn = [block.attn for block, _ in m.stacks()]
     b_o = 0
     if c.out_bias:
         b_o = np.concatenate([np.asarray(a.b_o[...]) for a in attn])[:, None, None]
     if c.norm_placement in ("post", "both"):
-        norm = jax.tree.map(lambda *x: jnp.concatenate(x), *[b.norm_attn_out for b, _ in m.parts()])
+        norm = jax.tree.map(
+            lambda *x: jnp.concatenate(x), *[b.norm_attn_out for b, _ in m.stacks()]
+        )
         constant, bias, scale = after(norm, b_o + 0 * found, stream.norm_attn_out_scale)
         close(found / scale + constant + bias, stream.attn_out, 1e-12)
     elif c.norm_placement == "stream_after":

@@ -41,7 +41,7 @@ def test_what_a_neuron_and_a_head_read_is_explained(variant, x64):
     tokens, mask, _ = batch()
     out = run(m, tokens, mask=mask, capture="all")
     rng = np.random.default_rng(0)
-    block, layers = m.parts()[-1]
+    block, layers = m.stacks()[-1]
     layer, row = layers.stop - 1, len(layers) - 1
     u = rng.normal(size=20)
     readers = [("attn", ("resid_pre", layer), block.norm_attn)]

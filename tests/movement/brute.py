@@ -53,7 +53,7 @@ def brought(m, at):
     cfg = m.config
     resid_post = np.concatenate([at("resid_pre")[1:], at("final")[None]])
     layers = []
-    for blocks, indices in m.parts():
+    for blocks, indices in m.stacks():
         for n, i in enumerate(indices):
             here = lambda name, i=i: None if at(name) is None else at(name)[i]  # noqa: E731
             a, v = here("pattern"), here("v")

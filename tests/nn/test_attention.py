@@ -14,7 +14,7 @@ from arrakis_jax import RopeScaling, Transformer, residual_gradients, run
 from arrakis_jax.nn import rotary
 from arrakis_jax.nn.context import slopes
 from arrakis_jax.nn.rotary import rotate
-from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.padding import Padding
 from tests.models import LLAMA3, close, config, model
 
 
@@ -152,11 +152,11 @@ def test_slopes_written_out(n_heads):
 def test_windows_count_real_tokens():
     """A query reads itself and the two real tokens before it, whatever padding is between."""
     mask = np.array([[1, 0, 1, 1, 0, 1, 1]], bool)
-    allowed = np.asarray(Places.of((1, 7), mask).allowed(3))[0]
+    allowed = np.asarray(Padding.of((1, 7), mask).allowed(3))[0]
     assert [np.flatnonzero(row).tolist() for row in allowed[mask[0]]] == [
         [0], [0, 2], [0, 2, 3], [2, 3, 5], [3, 5, 6],
     ]  # fmt: skip
-    plain = np.asarray(Places.of((1, 5), None).allowed(2))[0]
+    plain = np.asarray(Padding.of((1, 5), None).allowed(2))[0]
     assert (plain == np.tri(5, dtype=bool) & ~np.tri(5, k=-2, dtype=bool)).all()
 
 

@@ -20,7 +20,7 @@ from arrakis_jax.stream.fields import (
     UNSTACKED,
     lacking,
 )
-from arrakis_jax.stream.padding import Places
+from arrakis_jax.stream.padding import Padding
 from benchmarks.cost import flops
 from tests.models import batch, close, compilations, model
 from tests.test_engineering import gpt2_small
@@ -66,7 +66,7 @@ def by_hand(site, product):
 @functools.partial(jax.jit, static_argnames=("site",))
 def exact(m, tokens, mask, value, *, site):
     """The effect of each cell, one at a time: layer, position, head, B (1 head without heads)."""
-    places = Places.of(tokens.shape, mask)
+    padding = Padding.of(tokens.shape, mask)
     n_layers = 1 if site in UNSTACKED else m.config.n_layers
     n_heads = m.config.n_kv_heads if site in KV_SITES else m.config.n_heads
     shape = (n_layers, tokens.shape[1], n_heads if site in HEAD_SITES else 1)
@@ -82,7 +82,7 @@ def exact(m, tokens, mask, value, *, site):
             value,
             layer=None if site in UNSTACKED else layer,
             head=head if site in HEAD_SITES else None,
-            position=jnp.where(places.real[:, column], places.position[:, column], 10**6),
+            position=jnp.where(padding.real[:, column], padding.rank[:, column], 10**6),
         )
         return target((edit,)) - target(())
 
