@@ -2,17 +2,10 @@
 
 from importlib.metadata import version
 
-from arrakis_jax.attribution.feature_attribution import (
-    Attribution,
-    feature_attribution,
-)
+from arrakis_jax.attribution.feature_attribution import Attribution, feature_attribution
 from arrakis_jax.attribution.residual_gradients import residual_gradients
 from arrakis_jax.checkpoint import from_pretrained, save
-from arrakis_jax.circuits.bigrams import (
-    TopTokens,
-    bigram_logits,
-    top_bigrams,
-)
+from arrakis_jax.circuits.bigrams import TopTokens, bigram_logits, top_bigrams
 from arrakis_jax.circuits.composition import (
     Composition,
     CompositionBaseline,
@@ -26,98 +19,35 @@ from arrakis_jax.circuits.copying import (
     copying_traces,
     matching_scores,
 )
-from arrakis_jax.circuits.head_scores import (
-    HeadScores,
-    head_scores,
-    repeated_tokens,
-)
-from arrakis_jax.circuits.head_tables import (
-    SkipTrigrams,
-    ov_table,
-    qk_table,
-    skip_trigrams,
-)
+from arrakis_jax.circuits.head_scores import HeadScores, head_scores, repeated_tokens
+from arrakis_jax.circuits.head_tables import SkipTrigrams, ov_table, qk_table, skip_trigrams
 from arrakis_jax.circuits.matrices import Factored, ov_matrices, qk_matrices
-from arrakis_jax.circuits.path_expansion import (
-    Path,
-    PathTerms,
-    path_expansion,
-)
-from arrakis_jax.circuits.virtual_head import (
-    VirtualHead,
-    virtual_head,
-)
-from arrakis_jax.core.config import (
-    ModelConfig,
-    RopeScaling,
-)
-from arrakis_jax.core.errors import (
-    CheckpointError,
-    NotCapturedError,
-)
-from arrakis_jax.decomposition.attribute_movement import (
-    MovementAttribution,
-    attribute_movement,
-)
-from arrakis_jax.decomposition.attribute_to import (
-    DirectionAttribution,
-    attribute_to,
-)
+from arrakis_jax.circuits.path_expansion import Path, PathTerms, path_expansion
+from arrakis_jax.circuits.virtual_head import VirtualHead, virtual_head
+from arrakis_jax.core.config import ModelConfig, RopeScaling
+from arrakis_jax.core.errors import CheckpointError, NotCapturedError
+from arrakis_jax.decomposition.attribute_movement import MovementAttribution, attribute_movement
+from arrakis_jax.decomposition.attribute_to import DirectionAttribution, attribute_to
 from arrakis_jax.decomposition.decompose import decompose
-from arrakis_jax.decomposition.logit_attribution import (
-    LogitAttribution,
-    logit_attribution,
-)
-from arrakis_jax.decomposition.logit_lens import (
-    LogitLens,
-    logit_lens,
-)
+from arrakis_jax.decomposition.logit_attribution import LogitAttribution, logit_attribution
+from arrakis_jax.decomposition.logit_lens import LogitLens, logit_lens
 from arrakis_jax.decomposition.residual_decomposition import (
     ResidualDecomposition,
     residual_decomposition,
 )
-from arrakis_jax.decomposition.top_attribution import (
-    TopAttribution,
-    top_attribution,
-)
+from arrakis_jax.decomposition.top_attribution import TopAttribution, top_attribution
 from arrakis_jax.demo import demo_model
-from arrakis_jax.edges.circuit import (
-    CircuitFaithfulness,
-    circuit_faithfulness,
-    run_circuit,
-)
+from arrakis_jax.edges.circuit import CircuitFaithfulness, circuit_faithfulness, run_circuit
 from arrakis_jax.edges.edge_attribution import edge_attribution
 from arrakis_jax.edges.effects import EdgeEffects
-from arrakis_jax.edges.graph import (
-    Edge,
-    Graph,
-    Node,
-)
-from arrakis_jax.edges.path_patching import (
-    PathEffects,
-    path_patching,
-)
-from arrakis_jax.edges.select import (
-    greedy_edges,
-    pruned,
-    top_edges,
-)
+from arrakis_jax.edges.graph import Edge, Graph, Node
+from arrakis_jax.edges.path_patching import PathEffects, path_patching
+from arrakis_jax.edges.select import greedy_edges, pruned, top_edges
 from arrakis_jax.evaluation.agreement import Agreement, agreement
-from arrakis_jax.evaluation.randomisation import (
-    randomisation_check,
-    randomised_weights,
-)
-from arrakis_jax.evaluation.token_faithfulness import (
-    Curves,
-    TokenFaithfulness,
-    token_faithfulness,
-)
+from arrakis_jax.evaluation.randomisation import randomisation_check, randomised_weights
+from arrakis_jax.evaluation.token_faithfulness import Curves, TokenFaithfulness, token_faithfulness
 from arrakis_jax.families import config_for
-from arrakis_jax.forward.run import (
-    cpu_compiler_options,
-    resume,
-    run,
-)
+from arrakis_jax.forward.run import cpu_compiler_options, resume, run
 from arrakis_jax.forward.targets import (
     KL,
     Continuation,
@@ -128,64 +58,25 @@ from arrakis_jax.forward.targets import (
     Prob,
     Target,
 )
-from arrakis_jax.movement.flow_routes import (
-    FlowRoutes,
-    flow_routes,
-)
-from arrakis_jax.movement.information_flow import (
-    InformationFlow,
-    information_flow,
-)
-from arrakis_jax.movement.linear_cka import (
-    CKA,
-    linear_cka,
-)
-from arrakis_jax.movement.movement_matrix import (
-    MovementMatrix,
-    movement_matrix,
-)
-from arrakis_jax.movement.residual_movement import (
-    Movement,
-    residual_movement,
-)
-from arrakis_jax.movement.stream_geometry import (
-    StreamGeometry,
-    stream_geometry,
-)
+from arrakis_jax.movement.flow_routes import FlowRoutes, flow_routes
+from arrakis_jax.movement.information_flow import InformationFlow, information_flow
+from arrakis_jax.movement.linear_cka import CKA, linear_cka
+from arrakis_jax.movement.movement_matrix import MovementMatrix, movement_matrix
+from arrakis_jax.movement.residual_movement import Movement, residual_movement
+from arrakis_jax.movement.stream_geometry import StreamGeometry, stream_geometry
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.patching.attribution_patching import attribution_patching
-from arrakis_jax.patching.effects import (
-    Cell,
-    PatchEffects,
-)
+from arrakis_jax.patching.effects import Cell, PatchEffects
 from arrakis_jax.patching.patch_sweep import patch_sweep
 from arrakis_jax.residual_tools import ResidualTools
-from arrakis_jax.results.labels import (
-    Label,
-    Labels,
-)
+from arrakis_jax.results.labels import Label, Labels
 from arrakis_jax.results.table import Table
 from arrakis_jax.stream.capture import Capture
-from arrakis_jax.stream.edits import (
-    Add,
-    Edit,
-    Project,
-    Replace,
-    Scale,
-    Set,
-)
-from arrakis_jax.stream.residuals import (
-    ModelOutput,
-    ResidualStream,
-    Routing,
-)
+from arrakis_jax.stream.edits import Add, Edit, Project, Replace, Scale, Set
+from arrakis_jax.stream.residuals import ModelOutput, ResidualStream, Routing
 from arrakis_jax.terms.capture import capture_for
 from arrakis_jax.terms.decomposition import Decomposition
-from arrakis_jax.text import (
-    encode,
-    token_id,
-    tokenizer_for,
-)
+from arrakis_jax.text import encode, token_id, tokenizer_for
 
 __version__ = version("arrakis-jax")
 del version

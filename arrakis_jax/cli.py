@@ -19,22 +19,13 @@ from arrakis_jax import __version__
 from arrakis_jax.attribution.feature_attribution import feature_attribution
 from arrakis_jax.checkpoint import from_pretrained, new_folder, save
 from arrakis_jax.core.errors import expected
-from arrakis_jax.decomposition.logit_attribution import (
-    LogitAttribution,
-    logit_attribution,
-)
+from arrakis_jax.decomposition.logit_attribution import LogitAttribution, logit_attribution
 from arrakis_jax.demo import FOLDER
 from arrakis_jax.forward.run import run
 from arrakis_jax.movement.residual_movement import movement
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.terms.capture import capture_for
-from arrakis_jax.text import (
-    continuation,
-    copy_tokenizer,
-    encode,
-    token_id,
-    tokenizer_for,
-)
+from arrakis_jax.text import continuation, copy_tokenizer, encode, token_id, tokenizer_for
 
 # What is analysed by default: the sentence, and the name that must not follow.
 SENTENCE, OTHER = "When Mary and John went to the store, John gave a drink to", " John"

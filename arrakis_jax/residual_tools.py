@@ -2,14 +2,8 @@
 
 from typing import Any
 
-from arrakis_jax.attribution.feature_attribution import (
-    Attribution,
-    feature_attribution,
-)
-from arrakis_jax.core.checks import (
-    Ids,
-    checked_layer,
-)
+from arrakis_jax.attribution.feature_attribution import Attribution, feature_attribution
+from arrakis_jax.core.checks import Ids, checked_layer
 from arrakis_jax.core.errors import expected
 from arrakis_jax.decomposition.residual_decomposition import (
     ResidualDecomposition,
@@ -18,20 +12,11 @@ from arrakis_jax.decomposition.residual_decomposition import (
 )
 from arrakis_jax.forward.run import run
 from arrakis_jax.forward.source import stream_of
-from arrakis_jax.movement.residual_movement import (
-    Movement,
-    residual_movement,
-)
+from arrakis_jax.movement.residual_movement import Movement, residual_movement
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.stream.capture import Capture
-from arrakis_jax.stream.residuals import (
-    ModelOutput,
-    ResidualStream,
-)
-from arrakis_jax.text import (
-    encode,
-    token_id,
-)
+from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
+from arrakis_jax.text import encode, token_id
 
 _LAYER = Capture(("resid_pre", "attn_out", "mlp_out", "norm_attn_scale", "norm_mlp_scale"))
 

@@ -11,15 +11,9 @@ from typing import Any, Literal
 import numpy as np
 
 from arrakis_jax.checkpoint import local_folder
-from arrakis_jax.core.axes import (
-    Bool,
-    Int,
-)
+from arrakis_jax.core.axes import Bool, Int
 from arrakis_jax.core.checks import checked_choice
-from arrakis_jax.core.errors import (
-    CheckpointError,
-    expected,
-)
+from arrakis_jax.core.errors import CheckpointError, expected
 
 ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model")

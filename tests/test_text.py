@@ -10,11 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from arrakis_jax.core.errors import CheckpointError
-from arrakis_jax.text import (
-    encode,
-    token_id,
-    tokenizer_for,
-)
+from arrakis_jax.text import encode, token_id, tokenizer_for
 
 
 def sentencepiece(**options) -> PreTrainedTokenizerFast:

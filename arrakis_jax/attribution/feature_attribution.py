@@ -11,17 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from arrakis_jax.attribution.inputs import anywhere, checked_baseline
-from arrakis_jax.attribution.integrated_gradients import (
-    DOUBLINGS,
-    RULES,
-    integrated_gradients,
-)
+from arrakis_jax.attribution.integrated_gradients import DOUBLINGS, RULES, integrated_gradients
 from arrakis_jax.attribution.perturb import occlusion, value_zeroing
 from arrakis_jax.attribution.result import NORMS, Attribution
-from arrakis_jax.attribution.saliency import (
-    at_input,
-    smooth_grad,
-)
+from arrakis_jax.attribution.saliency import at_input, smooth_grad
 from arrakis_jax.core.axes import Array
 from arrakis_jax.core.checks import (
     Ids,
@@ -34,10 +27,7 @@ from arrakis_jax.core.checks import (
 )
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
-from arrakis_jax.forward.targets import (
-    Target,
-    checked_target,
-)
+from arrakis_jax.forward.targets import Target, checked_target
 from arrakis_jax.nn.transformer import Transformer
 
 # Each method's function, and its options with their defaults.

@@ -10,16 +10,8 @@ import numpy as np
 
 from arrakis_jax.attribution.residual_gradients import target_value
 from arrakis_jax.attribution.result import Attribution
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-    over,
-)
-from arrakis_jax.core.checks import (
-    checked_ids,
-    checked_tokens,
-    host,
-)
+from arrakis_jax.core.axes import Array, Float, over
+from arrakis_jax.core.checks import checked_ids, checked_tokens, host
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract

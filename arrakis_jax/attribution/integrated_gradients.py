@@ -9,11 +9,7 @@ import numpy as np
 
 from arrakis_jax.attribution.inputs import Inputs, evenly, weighted_sum
 from arrakis_jax.attribution.result import Attribution
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-    Int,
-)
+from arrakis_jax.core.axes import Array, Float, Int
 from arrakis_jax.core.numerics import ratio
 from arrakis_jax.forward.run import compiled
 

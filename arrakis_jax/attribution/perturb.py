@@ -8,11 +8,7 @@ import jax.numpy as jnp
 
 from arrakis_jax.attribution.inputs import Inputs, evenly
 from arrakis_jax.attribution.result import Attribution
-from arrakis_jax.core.axes import (
-    Array,
-    Bool,
-    Float,
-)
+from arrakis_jax.core.axes import Array, Bool, Float
 from arrakis_jax.forward.run import compiled
 
 

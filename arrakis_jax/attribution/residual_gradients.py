@@ -7,10 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-)
+from arrakis_jax.core.axes import Array, Float
 from arrakis_jax.core.checks import (
     Ids,
     Mask,
@@ -20,22 +17,10 @@ from arrakis_jax.core.checks import (
     checked_tokens,
 )
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.targets import (
-    Target,
-    checked_target,
-    read_target,
-)
+from arrakis_jax.forward.targets import Target, checked_target, read_target
 from arrakis_jax.nn.transformer import Edits, Transformer
-from arrakis_jax.stream.capture import (
-    Capture,
-    as_capture,
-)
-from arrakis_jax.stream.fields import (
-    INTERNAL,
-    SCALES,
-    UNSTACKED,
-    lacking,
-)
+from arrakis_jax.stream.capture import Capture, as_capture
+from arrakis_jax.stream.fields import INTERNAL, SCALES, UNSTACKED, lacking
 from arrakis_jax.stream.residuals import ResidualStream
 
 

@@ -7,17 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.core.axes import (
-    Array,
-    Bool,
-    Float,
-    Int,
-)
+from arrakis_jax.core.axes import Array, Bool, Float, Int
 from arrakis_jax.core.checks import checked_count
-from arrakis_jax.results.record import (
-    ABSENT,
-    Record,
-)
+from arrakis_jax.results.record import ABSENT, Record
 from arrakis_jax.results.table import Table
 from arrakis_jax.text import continuation
 

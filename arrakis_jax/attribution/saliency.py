@@ -7,10 +7,7 @@ import jax.numpy as jnp
 
 from arrakis_jax.attribution.inputs import Inputs, evenly, weighted_sum
 from arrakis_jax.attribution.residual_gradients import tapped_gradients
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-)
+from arrakis_jax.core.axes import Array, Float
 from arrakis_jax.core.numerics import norm as euclidean
 from arrakis_jax.forward.run import compiled
 from arrakis_jax.nn.transformer import Transformer

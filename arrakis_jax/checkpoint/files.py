@@ -12,10 +12,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from arrakis_jax.core.errors import (
-    CheckpointError,
-    expected,
-)
+from arrakis_jax.core.errors import CheckpointError, expected
 
 NATIVE_CONFIG = "arrakis_jax.json"
 NATIVE_WEIGHTS = "weights"

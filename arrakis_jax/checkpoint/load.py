@@ -33,10 +33,7 @@ from arrakis_jax.checkpoint.parameters import assembled, parameters
 from arrakis_jax.checkpoint.weights import Source, finite, sources
 from arrakis_jax.core.axes import Array
 from arrakis_jax.core.config import ModelConfig
-from arrakis_jax.core.errors import (
-    CheckpointError,
-    expected,
-)
+from arrakis_jax.core.errors import CheckpointError, expected
 from arrakis_jax.families import family_for
 from arrakis_jax.families.base import Family
 from arrakis_jax.nn.transformer import Transformer

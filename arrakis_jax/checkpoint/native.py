@@ -12,10 +12,7 @@ from jax.sharding import Mesh
 from arrakis_jax.checkpoint.files import NATIVE_CONFIG, NATIVE_WEIGHTS, read_json
 from arrakis_jax.checkpoint.parameters import assembled, named, parameters, sharding
 from arrakis_jax.core.config import ModelConfig
-from arrakis_jax.core.errors import (
-    CheckpointError,
-    expected,
-)
+from arrakis_jax.core.errors import CheckpointError, expected
 from arrakis_jax.nn.transformer import Transformer
 
 FORMAT = 1  # of the config; fields that it lacks have their defaults

@@ -11,10 +11,7 @@ import numpy as np
 from arrakis_jax.checkpoint.files import WEIGHTS, Tensor
 from arrakis_jax.checkpoint.parameters import layers_of, named, parameters
 from arrakis_jax.core.config import ModelConfig
-from arrakis_jax.core.errors import (
-    CheckpointError,
-    expected,
-)
+from arrakis_jax.core.errors import CheckpointError, expected
 from arrakis_jax.families import family_for
 from arrakis_jax.families.base import Family, Rule, letters
 from arrakis_jax.nn.transformer import Transformer

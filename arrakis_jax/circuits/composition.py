@@ -7,16 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from arrakis_jax.circuits.matrices import Distance, Factored, ov_matrices, qk_matrices
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-)
+from arrakis_jax.core.axes import Array, Float
 from arrakis_jax.core.checks import checked_count
 from arrakis_jax.core.errors import expected
-from arrakis_jax.core.numerics import (
-    contract,
-    ratio,
-)
+from arrakis_jax.core.numerics import contract, ratio
 from arrakis_jax.forward.run import compiled
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.record import Record

@@ -11,14 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from arrakis_jax.circuits.matrices import Distance, Factored, eigenvalues, ov_matrices, qk_matrices
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-)
-from arrakis_jax.core.checks import (
-    Ids,
-    checked_ids,
-)
+from arrakis_jax.core.axes import Array, Float
+from arrakis_jax.core.checks import Ids, checked_ids
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract
 from arrakis_jax.forward.run import compiled

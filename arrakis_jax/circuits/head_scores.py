@@ -6,33 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.core.axes import (
-    Array,
-    Bool,
-    Float,
-    Int,
-)
-from arrakis_jax.core.checks import (
-    Mask,
-    Tokens,
-    checked_choice,
-    checked_tokens,
-)
+from arrakis_jax.core.axes import Array, Bool, Float, Int
+from arrakis_jax.core.checks import Mask, Tokens, checked_choice, checked_tokens
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import ratio
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.source import (
-    batch_of,
-    over_layers,
-    stream_of,
-)
+from arrakis_jax.forward.source import batch_of, over_layers, stream_of
 from arrakis_jax.nn.transformer import Layer, Transformer
 from arrakis_jax.results.record import Record
 from arrakis_jax.stream.padding import Padding
-from arrakis_jax.stream.residuals import (
-    ModelOutput,
-    ResidualStream,
-)
+from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 
 KINDS = ("previous", "first", "duplicate", "induction")
 DEFINITIONS = ("mean", "mul")

@@ -16,15 +16,8 @@ from einops import rearrange, repeat
 from jax.core import Tracer
 from jaxtyping import Complex
 
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-    Int,
-)
-from arrakis_jax.core.checks import (
-    checked_layer,
-    host,
-)
+from arrakis_jax.core.axes import Array, Float, Int
+from arrakis_jax.core.checks import checked_layer, host
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract

@@ -2,10 +2,7 @@
 
 import jax.numpy as jnp
 
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-)
+from arrakis_jax.core.axes import Array, Float
 
 
 def contract(spec: str, *operands: Array) -> Array:

@@ -6,49 +6,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-)
-from arrakis_jax.core.checks import (
-    Mask,
-    Tokens,
-    checked_positions,
-    checked_tokens,
-)
+from arrakis_jax.core.axes import Array, Float
+from arrakis_jax.core.checks import Mask, Tokens, checked_positions, checked_tokens
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
-from arrakis_jax.core.numerics import (
-    norm,
-    ratio,
-)
-from arrakis_jax.decomposition.attribute_to import (
-    point_in,
-    point_of,
-)
+from arrakis_jax.core.numerics import norm, ratio
+from arrakis_jax.decomposition.attribute_to import point_in, point_of
 from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.source import stream_of
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.labels import Labels
 from arrakis_jax.results.terms import TermValues
-from arrakis_jax.stream.residuals import (
-    ModelOutput,
-    ResidualStream,
-)
-from arrakis_jax.terms.capture import (
-    WHOLE,
-    captured,
-    checked_by,
-)
+from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
+from arrakis_jax.terms.capture import WHOLE, captured, checked_by
 from arrakis_jax.terms.decomposition import Decomposition
-from arrakis_jax.terms.points import (
-    checked_point,
-    located,
-)
-from arrakis_jax.terms.stream import (
-    Span,
-    terms,
-)
+from arrakis_jax.terms.points import checked_point, located
+from arrakis_jax.terms.stream import Span, terms
 
 
 @jax.tree_util.register_dataclass

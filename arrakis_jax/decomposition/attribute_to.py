@@ -7,48 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-    over,
-)
-from arrakis_jax.core.checks import (
-    Mask,
-    checked_layers,
-    checked_positions,
-    checked_tokens,
-)
+from arrakis_jax.core.axes import Array, Float, over
+from arrakis_jax.core.checks import Mask, checked_layers, checked_positions, checked_tokens
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
-from arrakis_jax.core.numerics import (
-    contract,
-    ratio,
-)
+from arrakis_jax.core.numerics import contract, ratio
 from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.source import stream_of
 from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.labels import Labels
 from arrakis_jax.results.terms import TermValues
-from arrakis_jax.stream.residuals import (
-    ModelOutput,
-    ResidualStream,
-)
-from arrakis_jax.terms.capture import (
-    WHOLE,
-    captured,
-    checked_by,
-)
+from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
+from arrakis_jax.terms.capture import WHOLE, captured, checked_by
 from arrakis_jax.terms.decomposition import Decomposition
-from arrakis_jax.terms.points import (
-    checked_point,
-    located,
-)
-from arrakis_jax.terms.stream import (
-    Span,
-    checked_kinds,
-    terms,
-)
+from arrakis_jax.terms.points import checked_point, located
+from arrakis_jax.terms.stream import Span, checked_kinds, terms
 
 
 @jax.tree_util.register_dataclass

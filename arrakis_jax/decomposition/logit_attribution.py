@@ -6,10 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-)
+from arrakis_jax.core.axes import Array, Float
 from arrakis_jax.core.checks import (
     Ids,
     Mask,
@@ -21,10 +18,7 @@ from arrakis_jax.core.checks import (
     host,
 )
 from arrakis_jax.core.errors import NotCapturedError
-from arrakis_jax.core.numerics import (
-    contract,
-    ratio,
-)
+from arrakis_jax.core.numerics import contract, ratio
 from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.source import stream_of
 from arrakis_jax.nn.transformer import Transformer
@@ -32,34 +26,12 @@ from arrakis_jax.results.labels import Labels
 from arrakis_jax.results.terms import TermValues
 from arrakis_jax.stream.capture import Capture
 from arrakis_jax.stream.padding import Padding
-from arrakis_jax.stream.residuals import (
-    ModelOutput,
-    ResidualStream,
-)
-from arrakis_jax.terms.capture import (
-    WHOLE,
-    Kinds,
-    checked_by,
-    fields_for,
-)
-from arrakis_jax.terms.decomposition import (
-    Decomposition,
-    assembled,
-)
+from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
+from arrakis_jax.terms.capture import WHOLE, Kinds, checked_by, fields_for
+from arrakis_jax.terms.decomposition import Decomposition, assembled
 from arrakis_jax.terms.points import located
-from arrakis_jax.terms.scan import (
-    Readout,
-    in_scan,
-    labels_in_scan,
-    outside_of,
-    readout_of,
-)
-from arrakis_jax.terms.stream import (
-    Span,
-    checked_kinds,
-    embeddings,
-    terms,
-)
+from arrakis_jax.terms.scan import Readout, in_scan, labels_in_scan, outside_of, readout_of
+from arrakis_jax.terms.stream import Span, checked_kinds, embeddings, terms
 
 
 @jax.tree_util.register_dataclass

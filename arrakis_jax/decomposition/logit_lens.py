@@ -8,12 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.core.axes import (
-    Array,
-    Bool,
-    Float,
-    Int,
-)
+from arrakis_jax.core.axes import Array, Bool, Float, Int
 from arrakis_jax.core.checks import (
     Ids,
     Mask,
@@ -29,19 +24,9 @@ from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.source import batch_of, stream_of
 from arrakis_jax.nn.site import Sites
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.results.record import (
-    ABSENT,
-    Record,
-)
-from arrakis_jax.stream.points import (
-    Points,
-    point_capture,
-    stream_points,
-)
-from arrakis_jax.stream.residuals import (
-    ModelOutput,
-    ResidualStream,
-)
+from arrakis_jax.results.record import ABSENT, Record
+from arrakis_jax.stream.points import Points, point_capture, stream_points
+from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 
 # How many logits exist at a time, unless a chunk is asked for; and the least chunk.
 LOGITS, LEAST = 2**24, 512

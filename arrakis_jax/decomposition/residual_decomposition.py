@@ -8,25 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-    Int,
-    over,
-)
+from arrakis_jax.core.axes import Array, Float, Int, over
 from arrakis_jax.core.checks import checked_layer
-from arrakis_jax.core.errors import (
-    NotCapturedError,
-    expected,
-)
+from arrakis_jax.core.errors import NotCapturedError, expected
 from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.source import stream_of
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.record import Record
-from arrakis_jax.stream.residuals import (
-    ModelOutput,
-    ResidualStream,
-)
+from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 
 
 @jax.tree_util.register_dataclass

@@ -7,49 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-    Int,
-)
-from arrakis_jax.core.checks import (
-    Ids,
-    Mask,
-    Tokens,
-    checked_count,
-)
-from arrakis_jax.core.numerics import (
-    contract,
-    ratio,
-)
-from arrakis_jax.decomposition.logit_attribution import (
-    LogitAttribution,
-    asked,
-    logit_attribution,
-)
+from arrakis_jax.core.axes import Array, Float, Int
+from arrakis_jax.core.checks import Ids, Mask, Tokens, checked_count
+from arrakis_jax.core.numerics import contract, ratio
+from arrakis_jax.decomposition.logit_attribution import LogitAttribution, asked, logit_attribution
 from arrakis_jax.forward.run import compiled
 from arrakis_jax.nn.transformer import Layer, Transformer
 from arrakis_jax.results.labels import Labels
 from arrakis_jax.results.ranking import top
 from arrakis_jax.results.record import Record
-from arrakis_jax.results.table import (
-    Table,
-    table_of,
-)
+from arrakis_jax.results.table import Table, table_of
 from arrakis_jax.stream.padding import Padding
-from arrakis_jax.stream.residuals import (
-    ModelOutput,
-    ResidualStream,
-)
+from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 from arrakis_jax.terms.capture import Kinds
 from arrakis_jax.terms.factors import Measured
-from arrakis_jax.terms.scan import (
-    Readout,
-    in_scan,
-    labels_in_scan,
-    outside_of,
-    readout_of,
-)
+from arrakis_jax.terms.scan import Readout, in_scan, labels_in_scan, outside_of, readout_of
 from arrakis_jax.terms.stream import embeddings
 
 

@@ -9,33 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from arrakis_jax.attribution.residual_gradients import target_value
-from arrakis_jax.core.axes import (
-    Array,
-    Bool,
-    Float,
-    Int,
-)
-from arrakis_jax.core.checks import (
-    Ids,
-    Mask,
-    Tokens,
-    checked_choice,
-    checked_numbers,
-)
+from arrakis_jax.core.axes import Array, Bool, Float, Int
+from arrakis_jax.core.checks import Ids, Mask, Tokens, checked_choice, checked_numbers
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract
 from arrakis_jax.edges.graph import Graph
-from arrakis_jax.edges.select import (
-    greedy_edges,
-    pruned,
-    top_edges,
-)
+from arrakis_jax.edges.select import greedy_edges, pruned, top_edges
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.targets import (
-    Target,
-    checked_target,
-    read_target,
-)
+from arrakis_jax.forward.targets import Target, checked_target, read_target
 from arrakis_jax.frozen.writes import written
 from arrakis_jax.nn.block import Block
 from arrakis_jax.nn.context import AttentionContexts

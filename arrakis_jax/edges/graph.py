@@ -13,11 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-    over,
-)
+from arrakis_jax.core.axes import Array, Float, over
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract

@@ -8,29 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-)
-from arrakis_jax.core.checks import (
-    Mask,
-    Tokens,
-)
+from arrakis_jax.core.axes import Array, Float
+from arrakis_jax.core.checks import Mask, Tokens
 from arrakis_jax.core.errors import expected
 from arrakis_jax.edges.effects import edge_table
-from arrakis_jax.edges.graph import (
-    WRITTEN,
-    Edge,
-    Graph,
-    Node,
-    head_changes,
-)
+from arrakis_jax.edges.graph import WRITTEN, Edge, Graph, Node, head_changes
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.targets import (
-    Target,
-    checked_target,
-    read_target,
-)
+from arrakis_jax.forward.targets import Target, checked_target, read_target
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.patching.effects import Effects
 from arrakis_jax.patching.pairs import Pair, checked_pair

@@ -7,10 +7,7 @@ import numpy as np
 
 from arrakis_jax.core.checks import checked_numbers
 from arrakis_jax.core.errors import expected
-from arrakis_jax.edges.graph import (
-    Graph,
-    Node,
-)
+from arrakis_jax.edges.graph import Graph, Node
 
 BY = ("absolute", "signed")
 

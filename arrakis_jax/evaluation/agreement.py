@@ -6,11 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.core.axes import (
-    Array,
-    Bool,
-    Float,
-)
+from arrakis_jax.core.axes import Array, Bool, Float
 from arrakis_jax.core.checks import checked_numbers
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract

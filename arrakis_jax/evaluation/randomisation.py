@@ -6,14 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-)
-from arrakis_jax.core.checks import (
-    checked_layers,
-    checked_seed,
-)
+from arrakis_jax.core.axes import Array, Float
+from arrakis_jax.core.checks import checked_layers, checked_seed
 from arrakis_jax.evaluation.agreement import agreement
 from arrakis_jax.forward.run import compiled
 from arrakis_jax.nn.transformer import Transformer

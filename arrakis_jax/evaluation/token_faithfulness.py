@@ -8,12 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from arrakis_jax.attribution.inputs import Inputs, checked_baseline
-from arrakis_jax.core.axes import (
-    Array,
-    Bool,
-    Float,
-    Int,
-)
+from arrakis_jax.core.axes import Array, Bool, Float, Int
 from arrakis_jax.core.checks import (
     Mask,
     Tokens,

@@ -9,10 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from arrakis_jax.core.config import (
-    ROPE_SCALINGS,
-    RopeScaling,
-)
+from arrakis_jax.core.config import ROPE_SCALINGS, RopeScaling
 from arrakis_jax.core.errors import expected
 from arrakis_jax.families.base import HUGE
 

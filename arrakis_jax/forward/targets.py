@@ -13,18 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.core.axes import (
-    Array,
-    Bool,
-    Float,
-    Int,
-)
-from arrakis_jax.core.checks import (
-    Ids,
-    checked_ids,
-    checked_position,
-    host,
-)
+from arrakis_jax.core.axes import Array, Bool, Float, Int
+from arrakis_jax.core.checks import Ids, checked_ids, checked_position, host
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract
 from arrakis_jax.forward.run import as_pytree

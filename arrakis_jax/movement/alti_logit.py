@@ -5,27 +5,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.core.axes import (
-    Array,
-    Bool,
-    Float,
-    over,
-)
-from arrakis_jax.core.numerics import (
-    contract,
-    norm,
-    ratio,
-)
+from arrakis_jax.core.axes import Array, Bool, Float, over
+from arrakis_jax.core.numerics import contract, norm, ratio
 from arrakis_jax.forward.source import over_layers
-from arrakis_jax.frozen.attention import (
-    READ,
-    Read,
-    read,
-)
-from arrakis_jax.frozen.reads import (
-    logit_direction,
-    logit_reader,
-)
+from arrakis_jax.frozen.attention import READ, Read, read
+from arrakis_jax.frozen.reads import logit_direction, logit_reader
 from arrakis_jax.movement.contributions import alti, identity, normalised, on_diagonal, weights_of
 from arrakis_jax.nn.block import Block
 from arrakis_jax.nn.norm import Norm

@@ -11,18 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.core.axes import (
-    Array,
-    Bool,
-    Float,
-    Int,
-    over,
-)
-from arrakis_jax.core.numerics import (
-    contract,
-    norm,
-    ratio,
-)
+from arrakis_jax.core.axes import Array, Bool, Float, Int, over
+from arrakis_jax.core.numerics import contract, norm, ratio
 from arrakis_jax.frozen.attention import Read
 
 HEADS = 2**22  # the most elements of [B,S,H,D]: what each head brings from a block of sources

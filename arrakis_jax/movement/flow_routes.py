@@ -8,43 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.core.axes import (
-    Array,
-    Bool,
-    Float,
-    Int,
-)
-from arrakis_jax.core.checks import (
-    Ids,
-    Mask,
-    Tokens,
-    checked_position,
-    checked_tokens,
-)
+from arrakis_jax.core.axes import Array, Bool, Float, Int
+from arrakis_jax.core.checks import Ids, Mask, Tokens, checked_position, checked_tokens
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import ratio
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.source import (
-    batch_of,
-    over_layers,
-    stream_of,
-)
-from arrakis_jax.frozen.attention import (
-    READ,
-    read,
-)
+from arrakis_jax.forward.source import batch_of, over_layers, stream_of
+from arrakis_jax.frozen.attention import READ, read
 from arrakis_jax.movement.contributions import brought_nearness, nearness
 from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.transformer import Layer, Transformer
-from arrakis_jax.results.record import (
-    ABSENT,
-    Record,
-)
+from arrakis_jax.results.record import ABSENT, Record
 from arrakis_jax.stream.padding import Padding
-from arrakis_jax.stream.residuals import (
-    ModelOutput,
-    ResidualStream,
-)
+from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 
 
 @jax.tree_util.register_dataclass

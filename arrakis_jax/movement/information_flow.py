@@ -7,49 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.core.axes import (
-    Array,
-    Bool,
-    Float,
-)
-from arrakis_jax.core.checks import (
-    Ids,
-    Mask,
-    Tokens,
-    checked_choice,
-    checked_ids,
-    checked_tokens,
-)
+from arrakis_jax.core.axes import Array, Bool, Float
+from arrakis_jax.core.checks import Ids, Mask, Tokens, checked_choice, checked_ids, checked_tokens
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.source import (
-    batch_of,
-    over_layers,
-    stream_of,
-)
-from arrakis_jax.frozen.attention import (
-    READ,
-    read,
-)
+from arrakis_jax.forward.source import batch_of, over_layers, stream_of
+from arrakis_jax.frozen.attention import READ, read
 from arrakis_jax.movement.alti_logit import logit_flow
-from arrakis_jax.movement.contributions import (
-    alti,
-    brought_norms,
-    identity,
-    mixing,
-    normalised,
-)
+from arrakis_jax.movement.contributions import alti, brought_norms, identity, mixing, normalised
 from arrakis_jax.nn.transformer import Layer, Transformer
-from arrakis_jax.results.record import (
-    ABSENT,
-    Record,
-)
+from arrakis_jax.results.record import ABSENT, Record
 from arrakis_jax.stream.padding import Padding
-from arrakis_jax.stream.residuals import (
-    ModelOutput,
-    ResidualStream,
-)
+from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 
 TO_LOGITS = ("alti_logit", "alti_logit_complete")
 METHODS = ("attention", "value_weighted", "mixing", "rollout", "alti", *TO_LOGITS)

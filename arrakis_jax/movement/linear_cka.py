@@ -5,34 +5,15 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.core.axes import (
-    Array,
-    Bool,
-    Float,
-)
-from arrakis_jax.core.checks import (
-    Mask,
-    Tokens,
-)
-from arrakis_jax.core.numerics import (
-    contract,
-    ratio,
-)
+from arrakis_jax.core.axes import Array, Bool, Float
+from arrakis_jax.core.checks import Mask, Tokens
+from arrakis_jax.core.numerics import contract, ratio
 from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.source import over_points
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.record import Record
-from arrakis_jax.stream.points import (
-    Points,
-    centred,
-    kept_tokens,
-    point_capture,
-    stream_points,
-)
-from arrakis_jax.stream.residuals import (
-    ModelOutput,
-    ResidualStream,
-)
+from arrakis_jax.stream.points import Points, centred, kept_tokens, point_capture, stream_points
+from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 
 # How many entries of Gram matrices exist at a time, over all points.
 ENTRIES = 2**24

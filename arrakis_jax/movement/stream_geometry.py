@@ -5,35 +5,15 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-    Int,
-)
-from arrakis_jax.core.checks import (
-    Mask,
-    Tokens,
-    checked_count,
-)
-from arrakis_jax.core.numerics import (
-    norm,
-    ratio,
-)
+from arrakis_jax.core.axes import Array, Float, Int
+from arrakis_jax.core.checks import Mask, Tokens, checked_count
+from arrakis_jax.core.numerics import norm, ratio
 from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.source import over_points
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.record import Record
-from arrakis_jax.stream.points import (
-    Points,
-    centred,
-    kept_tokens,
-    point_capture,
-    stream_points,
-)
-from arrakis_jax.stream.residuals import (
-    ModelOutput,
-    ResidualStream,
-)
+from arrakis_jax.stream.points import Points, centred, kept_tokens, point_capture, stream_points
+from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 
 
 @jax.tree_util.register_dataclass

@@ -5,11 +5,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from arrakis_jax.core.axes import (
-    Array,
-    Int,
-    over,
-)
+from arrakis_jax.core.axes import Array, Int, over
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.nn.context import AttentionContext
 from arrakis_jax.nn.linear import affine, constant, flat_affine, product, softcap, weight, writers

@@ -3,10 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from arrakis_jax.core.axes import (
-    Array,
-    Int,
-)
+from arrakis_jax.core.axes import Array, Int
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.nn.attention import Attention
 from arrakis_jax.nn.context import AttentionContext

@@ -7,13 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.core.axes import (
-    Array,
-    Bool,
-    Float,
-    Int,
-    over,
-)
+from arrakis_jax.core.axes import Array, Bool, Float, Int, over
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.nn.rotary import rotation
 from arrakis_jax.stream.padding import Padding

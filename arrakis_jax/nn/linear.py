@@ -8,10 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from arrakis_jax.core.axes import (
-    Array,
-    over,
-)
+from arrakis_jax.core.axes import Array, over
 from arrakis_jax.core.config import ModelConfig
 
 

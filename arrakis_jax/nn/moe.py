@@ -7,11 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-    Int,
-)
+from arrakis_jax.core.axes import Array, Float, Int
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.nn.linear import affine, constant, product, weight, writers
 from arrakis_jax.nn.mlp import MLP, activated

@@ -3,10 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from arrakis_jax.core.axes import (
-    Array,
-    over,
-)
+from arrakis_jax.core.axes import Array, over
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.nn.linear import constant
 from arrakis_jax.nn.site import Sites

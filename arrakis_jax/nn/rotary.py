@@ -8,16 +8,8 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-    Int,
-    over,
-)
-from arrakis_jax.core.config import (
-    ModelConfig,
-    RopeScaling,
-)
+from arrakis_jax.core.axes import Array, Float, Int, over
+from arrakis_jax.core.config import ModelConfig, RopeScaling
 
 
 def frequencies(

@@ -6,11 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from arrakis_jax.core.axes import (
-    Array,
-    Bool,
-    Int,
-)
+from arrakis_jax.core.axes import Array, Bool, Int
 from arrakis_jax.stream.padding import select_positions
 
 

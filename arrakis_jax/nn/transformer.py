@@ -9,13 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from arrakis_jax.core.axes import (
-    Array,
-    Bool,
-    Float,
-    Int,
-    over,
-)
+from arrakis_jax.core.axes import Array, Bool, Float, Int, over
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract
@@ -25,23 +19,11 @@ from arrakis_jax.nn.linear import constant, product, softcap, weight
 from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.site import Sites
 from arrakis_jax.results.record import ABSENT
-from arrakis_jax.stream.capture import (
-    Capture,
-    as_capture,
-)
+from arrakis_jax.stream.capture import Capture, as_capture
 from arrakis_jax.stream.edits import Edit
-from arrakis_jax.stream.fields import (
-    ROUTING_SITES,
-    SEGMENTED,
-    UNSTACKED,
-    lacking,
-)
+from arrakis_jax.stream.fields import ROUTING_SITES, SEGMENTED, UNSTACKED, lacking
 from arrakis_jax.stream.padding import Padding, select_positions
-from arrakis_jax.stream.residuals import (
-    ModelOutput,
-    ResidualStream,
-    Routing,
-)
+from arrakis_jax.stream.residuals import ModelOutput, ResidualStream, Routing
 
 Edits = tuple[Edit | Callable, ...]
 

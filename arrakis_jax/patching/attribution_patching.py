@@ -7,44 +7,19 @@ import jax
 import jax.numpy as jnp
 
 from arrakis_jax.attribution.residual_gradients import target_value
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-)
-from arrakis_jax.core.checks import (
-    Mask,
-    Tokens,
-    checked_choice,
-    checked_count,
-)
+from arrakis_jax.core.axes import Array, Float
+from arrakis_jax.core.checks import Mask, Tokens, checked_choice, checked_count
 from arrakis_jax.core.errors import expected
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.targets import (
-    Target,
-    checked_target,
-    read_target,
-)
+from arrakis_jax.forward.targets import Target, checked_target, read_target
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.patching.effects import (
-    PatchEffects,
-    axes_of,
-    checked_over,
-)
+from arrakis_jax.patching.effects import PatchEffects, axes_of, checked_over
 from arrakis_jax.patching.gates import Gate, arranged, closed, openings_of, with_openings
 from arrakis_jax.patching.grad_drop import dropped_effects
-from arrakis_jax.patching.pairs import (
-    Pair,
-    checked_pair,
-    checked_sites,
-    fields_of,
-    values_at,
-)
+from arrakis_jax.patching.pairs import Pair, checked_pair, checked_sites, fields_of, values_at
 from arrakis_jax.patching.qk_fix import READ, qk_effects
 from arrakis_jax.results.record import ABSENT
-from arrakis_jax.stream.fields import (
-    UNSTACKED,
-    lacking,
-)
+from arrakis_jax.stream.fields import UNSTACKED, lacking
 from arrakis_jax.stream.residuals import ResidualStream
 
 METHODS = ("atp", "atp_star")

@@ -10,10 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-)
+from arrakis_jax.core.axes import Array, Float
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.patching.effects import axes_of
 from arrakis_jax.patching.pairs import fields_of

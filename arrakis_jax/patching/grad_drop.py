@@ -11,14 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-)
-from arrakis_jax.forward.targets import (
-    Target,
-    read_target,
-)
+from arrakis_jax.core.axes import Array, Float
+from arrakis_jax.forward.targets import Target, read_target
 from arrakis_jax.nn.context import AttentionContexts
 from arrakis_jax.nn.site import Sites
 from arrakis_jax.nn.transformer import Transformer

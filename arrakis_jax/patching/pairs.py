@@ -7,17 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from arrakis_jax.core.axes import Array
-from arrakis_jax.core.checks import (
-    checked_choice,
-    checked_tokens,
-)
+from arrakis_jax.core.checks import checked_choice, checked_tokens
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.stream.fields import (
-    UNSTACKED,
-    lacking,
-)
+from arrakis_jax.stream.fields import UNSTACKED, lacking
 from arrakis_jax.stream.residuals import ResidualStream
 
 PATCHES = ("resample", "mean", "zero")

@@ -7,34 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-)
-from arrakis_jax.core.checks import (
-    Mask,
-    Tokens,
-    checked_count,
-)
+from arrakis_jax.core.axes import Array, Float
+from arrakis_jax.core.checks import Mask, Tokens, checked_count
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.targets import (
-    Target,
-    checked_target,
-    read_target,
-)
+from arrakis_jax.forward.targets import Target, checked_target, read_target
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.patching.effects import (
-    PatchEffects,
-    axes_of,
-    checked_over,
-)
-from arrakis_jax.patching.pairs import (
-    Pair,
-    checked_pair,
-    checked_sites,
-    fields_of,
-    values_at,
-)
+from arrakis_jax.patching.effects import PatchEffects, axes_of, checked_over
+from arrakis_jax.patching.pairs import Pair, checked_pair, checked_sites, fields_of, values_at
 from arrakis_jax.results.record import ABSENT
 from arrakis_jax.stream.edits import KV_SITES
 from arrakis_jax.stream.fields import UNSTACKED

@@ -10,11 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-    Int,
-)
+from arrakis_jax.core.axes import Array, Float, Int
 from arrakis_jax.core.numerics import contract
 from arrakis_jax.nn.attention import Attention
 from arrakis_jax.nn.context import AttentionContext, AttentionContexts

@@ -4,10 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from arrakis_jax.results.labels import (
-    Label,
-    Labels,
-)
+from arrakis_jax.results.labels import Label, Labels
 
 
 class Table(dict[str, list]):

@@ -13,21 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.core.axes import (
-    Array,
-    Int,
-)
+from arrakis_jax.core.axes import Array, Int
 from arrakis_jax.core.checks import host
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
-from arrakis_jax.stream.fields import (
-    FIELDS,
-    READERS,
-    SCALES,
-    SEGMENTED,
-    UNSTACKED,
-    lacking,
-)
+from arrakis_jax.stream.fields import FIELDS, READERS, SCALES, SEGMENTED, UNSTACKED, lacking
 
 EDIT_SITES = (*(name for name in FIELDS if name != "routing"), "resid_post", *READERS)
 HEAD_SITES = ("q", "k", "v", "z", "pattern", "q_in", "k_in", "v_in")

@@ -11,14 +11,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-)
-from arrakis_jax.core.numerics import (
-    contract,
-    norm,
-)
+from arrakis_jax.core.axes import Array, Float
+from arrakis_jax.core.numerics import contract, norm
 from arrakis_jax.results.labels import Kind
 from arrakis_jax.results.record import Record
 

@@ -6,10 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-)
+from arrakis_jax.core.axes import Array, Float
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import NotCapturedError
 from arrakis_jax.core.numerics import contract
@@ -17,11 +14,7 @@ from arrakis_jax.frozen.writes import written
 from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.transformer import Layer
 from arrakis_jax.results.labels import Kind
-from arrakis_jax.terms.factors import (
-    AnyFactor,
-    Factor,
-    Sources,
-)
+from arrakis_jax.terms.factors import AnyFactor, Factor, Sources
 
 _MLP = ("mlp_act", "shared_act", "routing", "norm_mlp_out_scale")
 # What the terms of attention and those of the MLP are made of.

@@ -5,37 +5,17 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from arrakis_jax.core.axes import (
-    Array,
-    Float,
-    Int,
-)
+from arrakis_jax.core.axes import Array, Float, Int
 from arrakis_jax.core.numerics import contract
-from arrakis_jax.forward.source import (
-    Passed,
-    over_layers,
-)
-from arrakis_jax.frozen.reads import (
-    logit_direction,
-    logit_reader,
-)
+from arrakis_jax.forward.source import Passed, over_layers
+from arrakis_jax.frozen.reads import logit_direction, logit_reader
 from arrakis_jax.nn.transformer import Layer, Transformer
-from arrakis_jax.results.labels import (
-    Labels,
-    Segment,
-)
+from arrakis_jax.results.labels import Labels, Segment
 from arrakis_jax.stream.fields import UNSTACKED
 from arrakis_jax.stream.padding import Padding, select_positions
 from arrakis_jax.stream.residuals import ResidualStream
-from arrakis_jax.terms.capture import (
-    WHOLE,
-    Kinds,
-    fields_for,
-)
-from arrakis_jax.terms.factors import (
-    Measured,
-    measured,
-)
+from arrakis_jax.terms.capture import WHOLE, Kinds, fields_for
+from arrakis_jax.terms.factors import Measured, measured
 from arrakis_jax.terms.layer import LayerTerms
 from arrakis_jax.terms.stream import check_found
 

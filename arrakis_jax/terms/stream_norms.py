@@ -6,17 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.core.axes import (
-    Array,
-    Int,
-)
+from arrakis_jax.core.axes import Array, Int
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.labels import Kind
 from arrakis_jax.stream.residuals import ResidualStream
-from arrakis_jax.terms.factors import (
-    AnyFactor,
-    Factor,
-)
+from arrakis_jax.terms.factors import AnyFactor, Factor
 
 
 class StreamNorms:

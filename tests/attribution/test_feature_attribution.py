@@ -11,11 +11,7 @@ import pytest
 
 from arrakis_jax import Set, Transformer, demo_model, encode, feature_attribution, run
 from arrakis_jax.attribution.feature_attribution import METHODS
-from arrakis_jax.attribution.integrated_gradients import (
-    DOUBLINGS,
-    RULES,
-    rule_nodes,
-)
+from arrakis_jax.attribution.integrated_gradients import DOUBLINGS, RULES, rule_nodes
 from arrakis_jax.attribution.saliency import table_std
 from tests.forward.test_targets import (
     MANY,

@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 
 from arrakis_jax import Add, Capture, residual_gradients, run
-from arrakis_jax.stream.fields import (
-    INTERNAL,
-    SCALES,
-    STREAM,
-    UNSTACKED,
-)
+from arrakis_jax.stream.fields import INTERNAL, SCALES, STREAM, UNSTACKED
 from tests.models import VARIANTS, batch, close, compilations, model
 
 SITES = (*STREAM, *INTERNAL)

@@ -7,19 +7,8 @@ position. Heads are named on one batch, and ablated on a fresh one. No head is n
 import numpy as np
 import pytest
 
-from arrakis_jax import (
-    Capture,
-    Set,
-    encode,
-    logit_attribution,
-    residual_gradients,
-    run,
-    token_id,
-)
-from arrakis_jax.circuits.head_scores import (
-    head_scores,
-    repeated_tokens,
-)
+from arrakis_jax import Capture, Set, encode, logit_attribution, residual_gradients, run, token_id
+from arrakis_jax.circuits.head_scores import head_scores, repeated_tokens
 from arrakis_jax.demo import text
 
 N, DRAWS = 25, 20

@@ -7,11 +7,7 @@ import numpy as np
 import pytest
 
 from arrakis_jax import run
-from arrakis_jax.circuits.head_scores import (
-    KINDS,
-    head_scores,
-    repeated_tokens,
-)
+from arrakis_jax.circuits.head_scores import KINDS, head_scores, repeated_tokens
 from tests.models import batch, close, compilations, model
 from tests.test_induction import N, induction_model
 from tests.test_induction import V as VOCAB

@@ -5,10 +5,7 @@ import numpy as np
 import pytest
 
 from arrakis_jax import run
-from arrakis_jax.circuits.path_expansion import (
-    Path,
-    path_expansion,
-)
+from arrakis_jax.circuits.path_expansion import Path, path_expansion
 from arrakis_jax.circuits.virtual_head import virtual_head
 from tests.models import batch, close, compilations, model
 

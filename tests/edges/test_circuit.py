@@ -8,22 +8,10 @@ import pytest
 from jax import export
 
 from arrakis_jax import Add, Logit, Set, run
-from arrakis_jax.edges.circuit import (
-    circuit_faithfulness,
-    run_circuit,
-)
+from arrakis_jax.edges.circuit import circuit_faithfulness, run_circuit
 from arrakis_jax.edges.edge_attribution import edge_attribution
-from arrakis_jax.edges.graph import (
-    WRITTEN,
-    Graph,
-    Node,
-    writer_changes,
-)
-from arrakis_jax.edges.select import (
-    greedy_edges,
-    pruned,
-    top_edges,
-)
+from arrakis_jax.edges.graph import WRITTEN, Graph, Node, writer_changes
+from arrakis_jax.edges.select import greedy_edges, pruned, top_edges
 from benchmarks.cost import flops
 from tests.edges.test_edge_attribution import (
     TARGET,

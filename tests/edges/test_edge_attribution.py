@@ -8,18 +8,10 @@ from jax import export
 
 from arrakis_jax import Add, Continuation, Logit, LogProb
 from arrakis_jax.attribution.integrated_gradients import rule_nodes
-from arrakis_jax.attribution.residual_gradients import (
-    tapped_gradients,
-    target_value,
-)
+from arrakis_jax.attribution.residual_gradients import tapped_gradients, target_value
 from arrakis_jax.core.checks import checked_tokens
 from arrakis_jax.edges.edge_attribution import edge_attribution
-from arrakis_jax.edges.graph import (
-    WRITTEN,
-    Graph,
-    Node,
-    writer_changes,
-)
+from arrakis_jax.edges.graph import WRITTEN, Graph, Node, writer_changes
 from arrakis_jax.forward.targets import checked_target
 from benchmarks.cost import flops
 from tests.models import batch, close, compilations, model

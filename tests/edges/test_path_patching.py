@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 
 from arrakis_jax import Add, Replace, run
-from arrakis_jax.edges.graph import (
-    Graph,
-    Node,
-)
+from arrakis_jax.edges.graph import Graph, Node
 from arrakis_jax.edges.path_patching import path_patching
 from arrakis_jax.forward.targets import Logit
 from arrakis_jax.patching.patch_sweep import patch_sweep

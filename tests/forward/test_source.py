@@ -6,14 +6,8 @@ import pytest
 
 from arrakis_jax import Capture, NotCapturedError, run
 from arrakis_jax.core.axes import over
-from arrakis_jax.forward.source import (
-    batch_of,
-    over_layers,
-)
-from arrakis_jax.frozen.attention import (
-    READ,
-    read,
-)
+from arrakis_jax.forward.source import batch_of, over_layers
+from arrakis_jax.frozen.attention import READ, read
 from tests.models import VARIANTS, batch, close, model
 
 

@@ -20,10 +20,7 @@ from arrakis_jax import (
     feature_attribution,
     run,
 )
-from arrakis_jax.forward.targets import (
-    checked_target,
-    read_target,
-)
+from arrakis_jax.forward.targets import checked_target, read_target
 from tests.models import batch, close, compilations, model
 
 TOKENS, MASK, PROMPTS = batch(lengths=(5, 3))

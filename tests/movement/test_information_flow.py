@@ -10,11 +10,7 @@ import pytest
 from arrakis_jax import NotCapturedError, logit_attribution, run
 from arrakis_jax.frozen.attention import Read
 from arrakis_jax.movement import contributions
-from arrakis_jax.movement.information_flow import (
-    METHODS,
-    TO_LOGITS,
-    information_flow,
-)
+from arrakis_jax.movement.information_flow import METHODS, TO_LOGITS, information_flow
 from benchmarks.cost import flops
 from tests.models import batch, close, compilations, model
 from tests.movement.brute import alone, brought, logits, nearness, own_rows, raw

@@ -7,10 +7,7 @@ import pytest
 
 from arrakis_jax import NotCapturedError, run
 from arrakis_jax.movement import linear_cka as module
-from arrakis_jax.movement.linear_cka import (
-    cka,
-    linear_cka,
-)
+from arrakis_jax.movement.linear_cka import cka, linear_cka
 from tests.models import batch, close, compilations, model
 
 VARIANTS = ["llama", "gpt2", "post", "both", "parallel", "stream_after", "stream_before",

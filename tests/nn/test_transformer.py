@@ -21,11 +21,7 @@ from arrakis_jax import (
     resume,
     run,
 )
-from arrakis_jax.stream.fields import (
-    FIELDS,
-    SCALES,
-    UNSTACKED,
-)
+from arrakis_jax.stream.fields import FIELDS, SCALES, UNSTACKED
 from tests.models import LLAMA3, VARIANTS, batch, close, compilations, config, model, randomised
 
 # Those whose heads write as they are; tests/decomposition has the identities of the others.

@@ -11,15 +11,8 @@ from arrakis_jax import KL, Capture, Logit, residual_gradients, run
 from arrakis_jax.patching.attribution_patching import attribution_patching
 from arrakis_jax.patching.pairs import SITES
 from arrakis_jax.patching.patch_sweep import site_axis
-from arrakis_jax.stream.edits import (
-    HEAD_SITES,
-    KV_SITES,
-    Replace,
-)
-from arrakis_jax.stream.fields import (
-    UNSTACKED,
-    lacking,
-)
+from arrakis_jax.stream.edits import HEAD_SITES, KV_SITES, Replace
+from arrakis_jax.stream.fields import UNSTACKED, lacking
 from arrakis_jax.stream.padding import Padding
 from benchmarks.cost import flops
 from tests.models import batch, close, compilations, model

@@ -6,19 +6,11 @@ import numpy as np
 import pytest
 
 from arrakis_jax import Replace, Set, run
-from arrakis_jax.forward.targets import (
-    KL,
-    Continuation,
-    Custom,
-    Logit,
-)
+from arrakis_jax.forward.targets import KL, Continuation, Custom, Logit
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.patching import patch_sweep as module
 from arrakis_jax.patching.pairs import fields_of
-from arrakis_jax.patching.patch_sweep import (
-    column_steps,
-    patch_sweep,
-)
+from arrakis_jax.patching.patch_sweep import column_steps, patch_sweep
 from benchmarks.cost import flops, temporary
 from tests.models import batch, close, compilations, model
 from tests.test_engineering import gpt2_small
