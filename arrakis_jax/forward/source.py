@@ -53,7 +53,8 @@ def over_layers(
     if not isinstance(source, ResidualStream):
         inside = tuple(name for name in fields if name not in UNSTACKED)
         x_BTD = model.embed(source, mask=mask)
-        return Passed(*model.fold(x_BTD, state, step, mask=mask, fields=inside))
+        stream, walked = model.fold(x_BTD, state, step, mask=mask, fields=inside)
+        return Passed(stream, *walked)
     source.need("mask", *fields, all_layers=True, all_positions=True)
     inside = [n for n in fields if n not in UNSTACKED and n not in source.lacks]
     told = source.resid_pre is not None and source.final is not None

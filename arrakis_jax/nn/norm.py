@@ -42,6 +42,20 @@ class Norm(nnx.Module):
         y = self.gained(x / jnp.expand_dims(s, self._axes))
         return y if self.b is None else y + over(self.b[...].astype(y.dtype), y)
 
+    def linear(self, x: Array) -> Array:
+        """`g * (x - mean(x))`, or `g * x`: the norm without bias, times its scale.
+
+        With the scale held as it was, the norm is this linear map of any part of its input.
+        """
+        return self.gained(self.centre(x))
+
+    def transposed(self, u: Array) -> Array:
+        """The direction that reads the norm's input as `u` reads `linear` of it.
+
+        `linear(x) . u = x . transposed(u)`. Centring is symmetric, so only the order changes.
+        """
+        return self.centre(self.gained(u))
+
     def centre(self, x: Array) -> Array:
         """`x` minus its mean (LayerNorm), or `x` (RMSNorm)."""
         if self.config.norm == "rmsnorm":

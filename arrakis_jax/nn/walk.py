@@ -1,0 +1,146 @@
+"""The one walk over the layers of a model: a scan over the stacked blocks of each segment.
+
+Layers with the same parameters are stacked: they compile once, whatever their number. A model whose
+layers differ (dense ones, then experts) holds several stacks, its segments. Everything that goes
+over layers goes through `walk`, which takes the segments one after another.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from arrakis_jax.core.axes import Array, Int
+from arrakis_jax.nn.block import Block
+
+
+class Place(NamedTuple):
+    """Where a walk is.
+
+    Attributes:
+        block: the parameters of one layer.
+        index: the number of the layer, traced.
+        segment: the number of the segment that holds it, static.
+    """
+
+    block: Block
+    index: Int[Array, ""]
+    segment: int
+
+
+@dataclass(frozen=True)
+class PerSegment:
+    """Values whose shapes differ between segments: for each segment `[L_i,...]`, or None."""
+
+    entries: tuple
+
+
+class Walked(NamedTuple):
+    """What a walk leaves.
+
+    Attributes:
+        state: the last state.
+        by_segment: for each segment, what the steps found, stacked over its layers.
+    """
+
+    state: Any
+    by_segment: list[Any]
+
+    @property
+    def found(self) -> Any:
+        """What the steps found, stacked over all layers; for shapes that do not differ."""
+        if len(self.by_segment) == 1:
+            return self.by_segment[0]
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *self.by_segment)
+
+
+Step = Callable[[Any, Place, Any], tuple[Any, Any]]
+
+
+def walk(
+    model: Any, step: Step, state: Any, xs: Any = (), *, start: int = 0, reverse: bool = False
+) -> Walked:
+    """Goes over the layers, first to last: `step(state, place, x) -> (state, found)`.
+
+    Args:
+        model: the transformer.
+        step: what is done at a layer. It is traced once for each segment.
+        state: what the first step gets.
+        xs: a pytree of `[L,...]` arrays or PerSegment; a step gets its layer's entries as `x`.
+        start: the first layer to go over, counted from 0.
+        reverse: whether to go from the last layer to the first.
+    """
+    by_segment: list[Any] = []
+    numbered = list(enumerate(model.stacks()))
+    for i, (blocks, layers) in reversed(numbered) if reverse else numbered:
+
+        def stepping(state: Any, scanned: tuple, i: int = i) -> tuple[Any, Any]:
+            block, index, x = scanned
+            return step(state, Place(block, index, i), x)
+
+        scanned = (blocks, jnp.arange(layers.start, layers.stop), _of_segment(xs, i, layers))
+        if start > layers.start:
+            first = start - layers.start
+            scanned = jax.tree.map(lambda a, first=first: a[first:], scanned)
+        state, found = jax.lax.scan(stepping, state, scanned, reverse=reverse)
+        by_segment.append(found)
+    return Walked(state, by_segment[::-1] if reverse else by_segment)
+
+
+def walk_from(
+    model: Any, step: Callable[[Any, Place], Any], state: Any, start: Int[Array, ""]
+) -> Any:
+    """The last state of a walk from a traced layer on: one program serves every start.
+
+    A loop whose length is traced has no reverse-mode derivative, unlike `walk`.
+    """
+    for i, (blocks, layers) in enumerate(model.stacks()):
+
+        def stepping(
+            index: Array, state: Any, i: int = i, blocks: Block = blocks, first: int = layers.start
+        ) -> Any:
+            return step(state, Place(_entry(blocks, index - first), index, i))
+
+        begin = jnp.maximum(start, layers.start)
+        state = jax.lax.fori_loop(begin, layers.stop, stepping, state)
+    return state
+
+
+def at_layer(
+    model: Any, function: Callable[..., Any], layer: int | Int[Array, ""], *args: Any
+) -> Any:
+    """`function(block, layer, *args)` of one layer, which may be traced; no other is computed."""
+    segments = model.stacks()
+    if isinstance(layer, int):
+        blocks, layers = next(stack for stack in segments if layer in stack[1])
+        block = jax.tree.map(lambda w: w[layer - layers.start], blocks)
+        return function(block, layer, *args)
+
+    def in_segment(blocks: Block, first: int) -> Callable:
+        return lambda layer, *args: function(_entry(blocks, layer - first), layer, *args)
+
+    branches = [in_segment(blocks, layers.start) for blocks, layers in segments]
+    if len(branches) == 1:
+        return branches[0](layer, *args)
+    segment_of_layer = np.repeat(np.arange(len(segments)), [len(layers) for _, layers in segments])
+    return jax.lax.switch(jnp.asarray(segment_of_layer)[layer], branches, layer, *args)
+
+
+def _entry(blocks: Block, row: Int[Array, ""]) -> Block:
+    """One layer's parameters."""
+    return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, row, keepdims=False), blocks)
+
+
+def _of_segment(xs: Any, i: int, layers: range) -> Any:
+    """The entries of the layers of segment i."""
+
+    def entries(x: Any) -> Any:
+        if isinstance(x, PerSegment):
+            return x.entries[i]
+        whole = len(layers) == x.shape[0]  # no slice, so that nothing is copied
+        return x if whole else x[layers.start : layers.stop]
+
+    return jax.tree.map(entries, xs)
