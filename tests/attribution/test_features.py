@@ -14,7 +14,7 @@ from arrakis_jax.attribution.features import METHODS
 from arrakis_jax.attribution.local import table_std
 from arrakis_jax.attribution.path import DOUBLINGS, RULES, rule_nodes
 from tests.models import batch, close, compilations, model
-from tests.test_targets import MANY, Sum
+from tests.targets import MANY, Sum
 
 LINEAR = dict(
     norm=None, norm_eps=None, activation="identity", gated=False, d_mlp=28, positions=None,

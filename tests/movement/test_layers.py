@@ -11,7 +11,7 @@ from arrakis_jax import Capture, NotCapturedError, movement_matrix, residual_mov
 from arrakis_jax.movement import layers
 from arrakis_jax.movement.layers import movement
 from arrakis_jax.points import point_fields
-from benchmarks.cost import temporary
+from tests.cost import temporary
 from tests.models import VARIANTS, batch, close, compilations, model
 
 

@@ -12,8 +12,7 @@ from arrakis_jax.patching.effects import PatchEffects, axes_of, bootstrap, check
 from arrakis_jax.patching.graph import WRITTEN, Graph, Node, head_changes, writer_changes
 from arrakis_jax.patching.pairs import checked_pair, checked_sites, values_at
 from tests.models import close, config, model
-from tests.patching.test_paths import written
-from tests.patching.test_sweep import pairs
+from tests.patching.single import pairs, written
 
 
 def effects(**changes) -> PatchEffects:
