@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from arrakis_jax import ModelConfig, Transformer, config_for, demo_model
-from benchmarks.cost import cold, flops, medians, persistent_cache, sustained
+from benchmarks.cost import cold, medians, persistent_cache, sustained
 from benchmarks.options import Options
 from benchmarks.ours import JOBS, State, state_of
 from benchmarks.workloads import WORKLOADS
+from tests.cost import flops
 
 BACKWARD = (
     "gradient, every layer", "gradient, every site", "gradient x input", "integrated gradients",

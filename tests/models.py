@@ -1,5 +1,6 @@
 """Small models for tests: every parameter random, sizes unequal, in every supported shape."""
 
+import functools
 import logging
 from contextlib import contextmanager
 
@@ -8,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from arrakis_jax import ModelConfig, RopeScaling, Transformer
+from arrakis_jax import ModelConfig, RopeScaling, Transformer, config_for
 
 BASE = dict(
     n_layers=3, d_model=20, n_heads=6, n_kv_heads=3, d_head=4, d_mlp=28, vocab_size=31,
     norm="rmsnorm", norm_eps=1e-5, positions="rope", max_positions=40, rope_theta=100.0,
     activation="silu", gated=True,
 )  # fmt: skip
+
+# The demo's sentence.
+SENTENCE = "When Mary and John went to the store, John gave a drink to"
 
 LLAMA3 = RopeScaling(
     factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=16
@@ -116,6 +120,11 @@ def randomised(model: Transformer, seed: int = 0) -> Transformer:
 def model(variant: str = "llama", *, seed: int = 0, **changes) -> Transformer:
     described = config(variant, **changes)
     return randomised(nnx.eval_shape(lambda: Transformer(described, rngs=nnx.Rngs(0))), seed)
+
+
+@functools.cache
+def gpt2_small():
+    return nnx.eval_shape(lambda: Transformer(config_for("gpt2"), rngs=nnx.Rngs(0)))
 
 
 def batch(seed: int = 0, vocab: int = 31, lengths=(7, 9, 4, 1, 6), side: str = "left"):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from arrakis_jax.checkpoint import from_pretrained
 from arrakis_jax.cli import app
 from arrakis_jax.demo import FOLDER
-from tests.demo.test_demo import SENTENCE
+from tests.models import SENTENCE
 
 
 @pytest.fixture(autouse=True)

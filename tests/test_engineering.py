@@ -1,7 +1,5 @@
 """Cost, compilation, precision, export, and the two entries for bfloat16 on CPU."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,8 +54,8 @@ from arrakis_jax import (
     virtual_head,
 )
 from arrakis_jax.movement.information_flow import METHODS
-from benchmarks.cost import dots, flops, temporary
-from tests.models import batch, close, model
+from tests.cost import dots, flops, temporary
+from tests.models import batch, close, gpt2_small, model
 
 TOKENS, MASK, _ = batch(lengths=(6, 4))
 TOKENS = np.where(MASK, TOKENS, 0)
@@ -191,11 +189,6 @@ def all_near(found, wanted, tolerance=1e-4):
             assert np.abs(a).max() < 1e-5
         else:
             close(a, b, tolerance)
-
-
-@functools.cache
-def gpt2_small():
-    return nnx.eval_shape(lambda: Transformer(config_for("gpt2"), rngs=nnx.Rngs(0)))
 
 
 def test_gradients_at_every_site_cost_two_forwards():

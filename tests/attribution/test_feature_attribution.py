@@ -13,11 +13,8 @@ from arrakis_jax import Set, Transformer, demo_model, encode, feature_attributio
 from arrakis_jax.attribution.feature_attribution import METHODS
 from arrakis_jax.attribution.integrated_gradients import DOUBLINGS, RULES, rule_nodes
 from arrakis_jax.attribution.saliency import table_std
-from tests.forward.test_targets import (
-    MANY,
-    Sum,
-)
 from tests.models import batch, close, compilations, model
+from tests.targets import MANY, Sum
 
 LINEAR = dict(
     norm=None, norm_eps=None, activation="identity", gated=False, d_mlp=28, positions=None,

@@ -13,8 +13,8 @@ from arrakis_jax.circuits.copying import (
     matching_scores,
 )
 from arrakis_jax.circuits.matrices import ov_matrices, qk_matrices
+from tests.induction import induction_model
 from tests.models import close, compilations, model
-from tests.test_induction import induction_model
 
 VARIANTS = ["llama", "gpt2", "tied", "post", "both", "shared_norm", "stream_after",
             "stream_before", "bare_norm", "scaled", "mixed", "no_norm"]  # fmt: skip

@@ -15,7 +15,7 @@ from arrakis_jax import (
     logit_attribution,
     run,
 )
-from tests.decomposition.test_decompose import points
+from tests.decomposition.points import points
 from tests.models import VARIANTS, batch, close, model
 
 

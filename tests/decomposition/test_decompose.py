@@ -19,6 +19,7 @@ from arrakis_jax import (
     resume,
     run,
 )
+from tests.decomposition.points import points
 from tests.models import VARIANTS, batch, close, model
 
 
@@ -26,15 +27,6 @@ def relative(terms, x):
     """max|sum - x| over the largest sum of absolute terms (the rule for identities)."""
     terms = np.asarray(terms, np.float64)
     return np.abs(terms.sum(0) - np.asarray(x)).max() / np.abs(terms).sum(0).max()
-
-
-def points(r, n_layers):
-    yield "final", r.final
-    for layer in range(n_layers):
-        yield ("resid_pre", layer), r.resid_pre[layer]
-        if r.resid_mid is not None:
-            yield ("resid_mid", layer - n_layers), r.resid_mid[layer]
-        yield ("resid_post", layer), r.resid_post[layer]
 
 
 BY = ["component", "head", "neuron", "expert", "source"]

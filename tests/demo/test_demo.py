@@ -11,8 +11,7 @@ from arrakis_jax.demo import FOLDER, text
 from arrakis_jax.demo.evaluate import figures
 from arrakis_jax.demo.train import build_tokenizer
 from arrakis_jax.text import tokenizer_for
-
-SENTENCE = "When Mary and John went to the store, John gave a drink to"
+from tests.models import SENTENCE
 
 
 def test_the_written_figures_are_those_of_the_weights(demo):

@@ -12,14 +12,10 @@ from arrakis_jax.edges.circuit import circuit_faithfulness, run_circuit
 from arrakis_jax.edges.edge_attribution import edge_attribution
 from arrakis_jax.edges.graph import WRITTEN, Graph, Node, writer_changes
 from arrakis_jax.edges.select import greedy_edges, pruned, top_edges
-from benchmarks.cost import flops
-from tests.edges.test_edge_attribution import (
-    TARGET,
-    pairs,
-)
-from tests.models import close, compilations, model
-from tests.test_engineering import gpt2_small
-from tests.test_induction import N, V, induction_model
+from tests.cost import flops
+from tests.induction import N, V, induction_model
+from tests.models import close, compilations, gpt2_small, model
+from tests.patching.others import TARGET, pairs
 
 SITES = {"q": "q_in", "k": "k_in", "v": "v_in", "mlp": "mlp_in", "final": "final"}
 

@@ -13,22 +13,9 @@ from arrakis_jax.core.checks import checked_tokens
 from arrakis_jax.edges.edge_attribution import edge_attribution
 from arrakis_jax.edges.graph import WRITTEN, Graph, Node, writer_changes
 from arrakis_jax.forward.targets import checked_target
-from benchmarks.cost import flops
-from tests.models import batch, close, compilations, model
-from tests.test_engineering import gpt2_small
-
-TARGET = Logit(3, against=4)
-LENGTHS = (5, 3)
-
-
-def pairs(lengths=LENGTHS, side="left"):
-    """Prompts and others of the same lengths, with other garbage at padding."""
-    tokens, mask, prompts = batch(lengths=lengths, side=side)
-    others = [(7 * prompt + 3) % 31 for prompt in prompts]
-    corrupt = tokens - 1
-    for row, real, other in zip(corrupt, mask, others, strict=True):
-        row[real] = other
-    return tokens, corrupt, mask, prompts, others
+from tests.cost import flops
+from tests.models import close, compilations, gpt2_small, model
+from tests.patching.others import TARGET, pairs
 
 
 class Ends:

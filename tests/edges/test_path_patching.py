@@ -5,38 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrakis_jax import Add, Replace, run
+from arrakis_jax import Add, run
 from arrakis_jax.edges.graph import Graph, Node
 from arrakis_jax.edges.path_patching import path_patching
 from arrakis_jax.forward.targets import Logit
 from arrakis_jax.patching.patch_sweep import patch_sweep
+from tests.induction import N, induction_model, induction_tokens
 from tests.models import close, compilations, model
-from tests.patching.test_patch_sweep import (
-    TARGET,
-    edited,
-    linear,
-    pairs,
-    target_of,
-)
-from tests.test_induction import N, induction_model, tokens  # noqa: F401
+from tests.patching.single import CAPTURE, TARGET, edited, linear, pairs, target_of, written
 
 EMBED, FINAL = (None, "embed"), (None, "final")
 
 
-CAPTURE = ("logits", "embed", "z", "mlp_out", "attn_out")
-
-
-def written(m, base, source, mask, node):
-    """What a writer changes in the stream, by a run with its output replaced."""
-    layer, kind, *head = node
-    own, other = (run(m, t, mask=mask, capture=CAPTURE).residuals for t in (base, source))
-    if kind == "embed":
-        return other.embed - own.embed
-    if kind == "mlp":
-        return other.mlp_out[layer] - own.mlp_out[layer]
-    edit = Replace("z", other.z[layer], layer=layer, head=head[0])
-    after = run(m, base, mask=mask, capture=CAPTURE, edits=edit).residuals.attn_out
-    return after[layer] - own.attn_out[layer]
+@pytest.fixture
+def tokens():
+    return induction_tokens()
 
 
 def one_by_one(m, base, source, mask, edges):

@@ -286,3 +286,18 @@ OLD = (
     "qwen3_moe-dense-first", "stablelm-12b", "olmo-clipped", "olmo2", "starcoder2",
     "cohere-qk-norm", "gpt_oss", "smollm3", "granite",
 )  # fmt: skip
+
+# The first case of each family.
+FIRST = {family: case for case, (family, _) in reversed(CASES.items())}
+
+# The first case of each family, and those that show a feature which it does not.
+FEATURES = (
+    "gpt2", "gpt_neo", "gpt_neox", "gpt_neox-sequential", "gptj", "opt", "opt-350m", "bloom",
+    "bloom-normed-residual", "falcon-7b", "falcon-40b", "falcon-rw-long", "llama", "llama-linear",
+    "llama-dynamic", "llama-llama3", "llama-yarn-exact", "llama-longrope", "mistral", "mixtral",
+    "gemma", "gemma2", "gemma3", "phi", "phi-qk-norm", "phi3-long", "qwen2-window", "qwen3",
+    "qwen2_moe", "qwen2_moe-dense-last", "qwen3_moe", "stablelm-12b", "olmo-clipped", "olmo2",
+    "starcoder2", "cohere-qk-norm", "gpt_oss-limit", "smollm3", "granite",
+)  # fmt: skip
+
+CHOSEN = tuple(case for case in CASES if case in FEATURES or case in FIRST.values())

@@ -21,19 +21,8 @@ from arrakis_jax.core.config import ROPE_SCALINGS, RopeScaling
 from arrakis_jax.families import family_for
 from arrakis_jax.nn.norm import Norm
 from tests.families import reference
-from tests.families.cases import CASES, TINY
+from tests.families.cases import CASES, CHOSEN, TINY
 
-# The first case of each family, and those that show a feature which it does not.
-MORE = (
-    "gpt2", "gpt_neo", "gpt_neox", "gpt_neox-sequential", "gptj", "opt", "opt-350m", "bloom",
-    "bloom-normed-residual", "falcon-7b", "falcon-40b", "falcon-rw-long", "llama", "llama-linear",
-    "llama-dynamic", "llama-llama3", "llama-yarn-exact", "llama-longrope", "mistral", "mixtral",
-    "gemma", "gemma2", "gemma3", "phi", "phi-qk-norm", "phi3-long", "qwen2-window", "qwen3",
-    "qwen2_moe", "qwen2_moe-dense-last", "qwen3_moe", "stablelm-12b", "olmo-clipped", "olmo2",
-    "starcoder2", "cohere-qk-norm", "gpt_oss-limit", "smollm3", "granite",
-)  # fmt: skip
-FIRST = {family: case for case, (family, _) in reversed(CASES.items())}
-CHOSEN = tuple(case for case in CASES if case in MORE or case in FIRST.values())
 ALL = bool(os.environ.get("ARRAKIS_ALL_MUTATIONS"))
 SAMPLE = 25
 # They describe a checkpoint, or how numbers are held, and not what is computed.

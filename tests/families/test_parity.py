@@ -10,7 +10,7 @@ from arrakis_jax.attribution.residual_gradients import residual_gradients
 from arrakis_jax.checkpoint import from_pretrained
 from arrakis_jax.forward.run import run
 from tests.families import reference
-from tests.families.cases import CASES, OLD
+from tests.families.cases import CASES, FIRST, OLD
 
 
 def close(ours, theirs: np.ndarray, mask: np.ndarray, tolerance: float, what: str) -> None:
@@ -37,11 +37,7 @@ def compare(model, torch_model, case: str, tolerance: float, gradient: float | N
         close(found, theirs, mask, gradient, "gradient")
 
 
-# Every variant in float64, which tells all that differs; one of each family as users run it.
-FIRST = {family: case for case, (family, _) in reversed(CASES.items())}.values()
-
-
-@pytest.mark.parametrize("case", FIRST)
+@pytest.mark.parametrize("case", FIRST.values())
 def test_float32(case, tmp_path):
     torch_model = reference.torch_model(case)
     reference.save(torch_model, tmp_path)

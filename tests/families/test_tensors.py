@@ -9,8 +9,7 @@ from arrakis_jax.checkpoint.files import open_folder
 from arrakis_jax.checkpoint.load import _hf_config
 from arrakis_jax.checkpoint.weights import sources
 from tests.families import reference
-from tests.families.cases import CASES
-from tests.families.test_mutations import CHOSEN
+from tests.families.cases import CASES, CHOSEN
 
 # Also what is on disk in other spellings or numbers of tensors.
 MORE = ("falcon-11b", "opt-plain", "qwen2_moe-sparse", "stablelm-qk-norm", "llama-biases")

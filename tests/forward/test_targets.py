@@ -1,7 +1,6 @@
 """Targets: each against its definition from the model's logits, and what the checks refuse."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +15,15 @@ from arrakis_jax import (
     Logit,
     LogProb,
     Prob,
-    Target,
     feature_attribution,
     run,
 )
 from arrakis_jax.forward.targets import checked_target, read_target
 from tests.models import batch, close, compilations, model
+from tests.targets import MANY, REFERENCE, weighed
 
 TOKENS, MASK, PROMPTS = batch(lengths=(5, 3))
 ROWS = np.arange(2)
-REFERENCE = np.random.default_rng(1).normal(size=31)
-
-
-def weighed(logits_BV):
-    return (logits_BV * jnp.sin(jnp.arange(31))[None]).sum(-1) + logits_BV[:, 2] ** 2
 
 
 def everywhere(logits_BTV):
@@ -64,33 +58,6 @@ KINDS = {
     ),
     "custom": (Custom(weighed), -1, weighed),
 }  # fmt: skip
-# Of every kind, without what belongs to one row.
-MANY = (
-    Logit(3, against=1), LogProb(5, position=-2), Prob(7, position=1), Entropy(), KL(REFERENCE),
-    Custom(weighed, position=0), Continuation(2),
-)  # fmt: skip
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Sum(Target):
-    """A sum of targets, the i-th times i + 1: a target of the tests' own."""
-
-    parts: Any
-
-    def checked(self, model, tokens, mask):
-        parts = tuple(part.checked(model, tokens, mask) for part in self.parts)
-        return replace(self, position=None, parts=parts)
-
-    def positions(self, length):
-        return jnp.concatenate([part.positions(length) for part in self.parts], -1)
-
-    def value(self, model, y_BND, real_BN):
-        total, start = 0, 0
-        for i, part in enumerate(self.parts):
-            own = slice(start, start := start + part.positions(0).shape[-1])
-            total = total + (i + 1) * part.value(model, y_BND[:, own], real_BN[:, own])
-        return total
 
 
 def values(m, x_BTD, mask, targets):

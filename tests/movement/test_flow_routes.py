@@ -9,10 +9,10 @@ import pytest
 from arrakis_jax import NotCapturedError, run
 from arrakis_jax.movement import contributions
 from arrakis_jax.movement.flow_routes import flow_routes
+from tests.cost import arrays
+from tests.induction import N, induction_model
 from tests.models import batch, close, compilations, model
 from tests.movement.brute import alone, brought, importances
-from tests.test_induction import N, induction_model
-from tests.test_induction import tokens as induction_tokens  # noqa: F401
 
 KINDS = (
     "llama", "gpt2", "no_norm", "attention_only", "one_layer", "post", "both", "post_layernorm",
@@ -199,8 +199,6 @@ def test_one_token_and_no_layer(x64):
 
 
 def test_vectors_exist_for_a_block_of_pairs(monkeypatch):
-    from tests.movement.test_information_flow import arrays
-
     b, t, d = 2, 60, 20
     monkeypatch.setattr(contributions, "PAIRS", 6 * b * d * 100)
     jaxpr = jax.make_jaxpr(lambda t: flow_routes(model(), t))(

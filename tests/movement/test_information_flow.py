@@ -11,10 +11,9 @@ from arrakis_jax import NotCapturedError, logit_attribution, run
 from arrakis_jax.frozen.attention import Read
 from arrakis_jax.movement import contributions
 from arrakis_jax.movement.information_flow import METHODS, TO_LOGITS, information_flow
-from benchmarks.cost import flops
-from tests.models import batch, close, compilations, model
+from tests.cost import arrays, flops
+from tests.models import batch, close, compilations, gpt2_small, model
 from tests.movement.brute import alone, brought, logits, nearness, own_rows, raw
-from tests.test_engineering import gpt2_small
 
 PLAIN = tuple(name for name in METHODS if name not in TO_LOGITS)
 TARGETS, AGAINST = np.array([3, 30, 0, 7, 7]), np.array([4, 2, 9, 1, 30])
@@ -256,18 +255,6 @@ def test_gradients_are_finite():
 
         gradient = jax.grad(total)(r.v.at[:, :, 2].set(0))
         assert np.isfinite(gradient).all() and np.asarray(gradient).any()
-
-
-def arrays(jaxpr):
-    """Every intermediate of a jaxpr, with those inside of its loops."""
-    for eqn in jaxpr.eqns:
-        yield from (v.aval.size for v in eqn.outvars)
-        for value in jax.tree.leaves(
-            tuple(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
-        ):
-            value = getattr(value, "jaxpr", value)
-            if hasattr(value, "eqns"):
-                yield from arrays(value)
 
 
 @pytest.mark.parametrize("method", ["value_weighted", "mixing", "alti", "alti_logit_complete"])

@@ -11,7 +11,7 @@ from arrakis_jax import Capture, NotCapturedError, movement_matrix, residual_mov
 from arrakis_jax.movement import movement_matrix as module
 from arrakis_jax.movement.residual_movement import movement
 from arrakis_jax.stream.points import point_fields
-from benchmarks.cost import temporary
+from tests.cost import temporary
 from tests.models import VARIANTS, batch, close, compilations, model
 
 
@@ -217,7 +217,7 @@ def test_parts_of_dimensions_and_positions(d_model, length, x64, monkeypatch):
     monkeypatch.setattr(module, "AT_ONCE", 64)
     points = jax.random.normal(jax.random.key(0), (5, 2, length, d_model), jnp.float64)
     found, moved = jax.jit(module._over_positions)(points)
-    expected = module.movement(points[:, None], points[None])
+    expected = movement(points[:, None], points[None])
     for name in ("relative_norm", "cosine", "angle"):
         close(getattr(found, name), getattr(expected, name), 1e-7)
     close(moved, np.linalg.norm(points[:, None] - points[None], axis=-1), 1e-12)

@@ -7,7 +7,7 @@ import pytest
 
 from arrakis_jax import residual_gradients
 from arrakis_jax.nn.linear import product
-from benchmarks.cost import dots, flops, temporary
+from tests.cost import dots, flops, temporary
 from tests.models import batch, close, config, model
 
 ROUNDED = dict(dtype="bfloat16", matmul_precision="default")

@@ -11,9 +11,8 @@ from arrakis_jax import run
 from arrakis_jax.edges.graph import WRITTEN, Graph, Node, head_changes, writer_changes
 from arrakis_jax.patching.effects import PatchEffects, axes_of, bootstrap, checked_over
 from arrakis_jax.patching.pairs import checked_pair, checked_sites, values_at
-from tests.edges.test_path_patching import written
 from tests.models import close, config, model
-from tests.patching.test_patch_sweep import pairs
+from tests.patching.single import pairs, written
 
 
 def effects(**changes) -> PatchEffects:

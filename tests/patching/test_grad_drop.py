@@ -12,9 +12,9 @@ from arrakis_jax.attribution.residual_gradients import target_value
 from arrakis_jax.forward.targets import checked_target
 from arrakis_jax.patching.attribution_patching import attribution_patching
 from arrakis_jax.patching.qk_fix import qk_effects
-from benchmarks.cost import dots, flops
-from tests.models import close, model
-from tests.patching.test_attribution_patching import (
+from tests.cost import dots, flops
+from tests.models import close, gpt2_small, model
+from tests.patching.cells import (
     ALL,
     OVER,
     TARGET,
@@ -25,7 +25,6 @@ from tests.patching.test_attribution_patching import (
     pair_of,
     sites_of,
 )
-from tests.test_engineering import gpt2_small
 
 STAR = dict(method="atp_star", grad_drop=True)
 

@@ -7,39 +7,19 @@ import pytest
 
 from arrakis_jax import Replace, Set, run
 from arrakis_jax.forward.targets import KL, Continuation, Custom, Logit
-from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.nn.layer_run import LayerRun
 from arrakis_jax.patching import patch_sweep as module
 from arrakis_jax.patching.pairs import fields_of
 from arrakis_jax.patching.patch_sweep import column_steps, patch_sweep
-from benchmarks.cost import flops, temporary
-from tests.models import batch, close, compilations, model
-from tests.test_engineering import gpt2_small
-from tests.test_induction import N, induction_model, tokens  # noqa: F401
-
-TARGET = Logit(3, against=4)
+from tests.cost import flops, temporary
+from tests.induction import N, induction_model, induction_tokens
+from tests.models import close, compilations, gpt2_small, model
+from tests.patching.single import TARGET, edited, linear, pairs, target_of
 
 
-def pairs(lengths=(5, 3), side="holes", seed=0):
-    """Clean and corrupt prompts of the same lengths, with different garbage, and the mask."""
-    clean, mask, prompts = batch(seed, lengths=lengths, side=side)
-    corrupt, _, others = batch(seed + 1, lengths=lengths, side=side)
-    placed = clean[:, ::-1].copy()
-    for row, own, other in zip(placed, mask, others, strict=True):
-        row[own] = other
-    return clean, placed, mask, list(zip(prompts, others, strict=True))
-
-
-def target_of(logits, mask):
-    """The logit difference at each row's last real token."""
-    last = [np.flatnonzero(row)[-1] for row in mask]
-    rows = np.asarray(logits)[np.arange(len(last)), last]
-    return rows[:, 3] - rows[:, 4]
-
-
-@jax.jit
-def edited(m, ids, mask, edits):
-    """The logits of a run with these edits, of which one program makes many."""
-    return run(m, ids, mask=mask, capture=("logits",), edits=edits).logits
+@pytest.fixture
+def tokens():
+    return induction_tokens()
 
 
 def one_by_one(m, base, source, mask, sites, over, patch="resample"):
@@ -243,18 +223,6 @@ def test_induction_is_known(x64, tokens):  # noqa: F811
         np.testing.assert_allclose(np.delete(effects, at, 0), 0, atol=1e-9)
 
 
-LINEAR = dict(
-    norm=None, norm_eps=None, activation="identity", gated=False, positions=None, rope_theta=None,
-)  # fmt: skip
-
-
-def linear(**changes):
-    """G8: no norms, uniform attention, nothing but products."""
-    m = model(dtype="float64", **LINEAR | changes)
-    m.blocks.attn.w_q[...] = jnp.zeros_like(m.blocks.attn.w_q[...])
-    return m
-
-
 def test_effects_add_up_in_a_linear_network(x64):
     m = linear()
     clean, corrupt, mask, _ = pairs()
@@ -297,21 +265,16 @@ def test_under_jit_and_vmap():
 def test_heads_by_positions_cost_little_more_than_half(monkeypatch):
     """Blocks are counted as they run: those of the pair, and of each cell from its layer on."""
     ran = []
-    body_of = Transformer._body
+    step = LayerRun.step
 
     def counted(self, *args):
-        body = body_of(self, *args)
-
-        def step(x, xs):
-            jax.debug.callback(lambda: ran.append(1))
-            return body(x, xs)
-
-        return step
+        jax.debug.callback(lambda: ran.append(1))
+        return step(self, *args)
 
     n_layers, cell_batch = 12, 16
     m = model("gpt2", n_layers=n_layers, n_heads=3, n_kv_heads=3)
     clean = np.random.default_rng(0).integers(31, size=(1, 8))
-    monkeypatch.setattr(Transformer, "_body", counted)
+    monkeypatch.setattr(LayerRun, "step", counted)
 
     def sweep(clean, corrupt):  # a program of its own, which no other call can have compiled
         return patch_sweep(

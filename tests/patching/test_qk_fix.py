@@ -7,14 +7,9 @@ import numpy as np
 from arrakis_jax import Logit, Replace, Set, residual_gradients, run
 from arrakis_jax.patching.attribution_patching import attribution_patching
 from arrakis_jax.patching.qk_fix import of_keys
+from tests.induction import SECOND, N, V, induction_model
 from tests.models import close, model
-from tests.patching.test_attribution_patching import (
-    ALL,
-    TARGET,
-    exact,
-    pair_of,
-)
-from tests.test_induction import SECOND, N, V, induction_model
+from tests.patching.cells import ALL, TARGET, exact, pair_of
 
 LINEAR = dict(n_layers=1, d_mlp=0, norm=None, norm_eps=None, gated=False, activation="identity")
 # The cap, sinks, a window shorter than the prompts.

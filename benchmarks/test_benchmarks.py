@@ -14,10 +14,10 @@ from flax import nnx
 
 from arrakis_jax import Transformer, config_for, save
 from benchmarks.against_peers import Side, difference, of_job, plain
-from benchmarks.cost import flops, temporary
 from benchmarks.options import ROOT, Options
 from benchmarks.ours import JOBS
 from benchmarks.workloads import WORKLOADS, following, tokens
+from tests.cost import flops, temporary
 
 
 def run_benchmarks(*arguments):
