@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from arrakis_jax.core.axes import Array, Bool, Float, Int, over
 from arrakis_jax.core.numerics import contract, norm, ratio
-from arrakis_jax.frozen.attention import Read
+from arrakis_jax.frozen.attention import Brought
 
 HEADS = 2**22  # the most elements of [B,S,H,D]: what each head brings from a block of sources
 PAIRS = 2**24  # the most elements of [B,T,S,D] or [B,T,S,H,D]: what a block of pairs exchanges
@@ -41,7 +41,7 @@ def in_blocks(function: Callable[..., Any], size: int, *arrays: Array) -> Any:
     return jax.tree.map(join, jax.lax.map(body, (firsts, *map(split, arrays))))
 
 
-def weights_of(read: Read) -> Float[Array, "B H T S"]:
+def weights_of(read: Brought) -> Float[Array, "B H T S"]:
     """What multiplies `v[s,h] w_o[h]` on its way from s to t."""
     return read.pattern * read.share[:, None, :, None]
 
@@ -63,13 +63,13 @@ def normalised(x: Float[Array, "B T S"]) -> tuple[Float[Array, "B T S"], Float[A
     return ratio(x, total[..., None]), total
 
 
-def to_itself(read: Read) -> Float[Array, "B T D"]:
+def to_itself(read: Brought) -> Float[Array, "B T D"]:
     """What heads bring from each position to itself."""
     here_BTH = jnp.moveaxis(jnp.diagonal(weights_of(read), axis1=2, axis2=3), 1, 2)
     return contract("BTHK,HKD->BTD", here_BTH[..., None] * read.v, read.w_o)
 
 
-def brought_norms(read: Read) -> Float[Array, "B T S"]:
+def brought_norms(read: Brought) -> Float[Array, "B T S"]:
     """`|sum_h a[h,t,s] u[s,h]|` with `u = v w_o`: a quadratic form of `a` with the Gram of `u`."""
     batch, n_heads = read.pattern.shape[:2]
 
@@ -85,7 +85,7 @@ def brought_norms(read: Read) -> Float[Array, "B T S"]:
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square_BTS)))
 
 
-def mixing(read: Read) -> tuple[Float[Array, "B T S"], Float[Array, "B T"]]:
+def mixing(read: Brought) -> tuple[Float[Array, "B T S"], Float[Array, "B T"]]:
     """Norms of what each position brings, the stream's own included, and the others' share."""
     itself_BTD = to_itself(read)
     kept_BT, others_BT = norm(itself_BTD + read.own), norm(read.brought - itself_BTD)
@@ -100,7 +100,7 @@ def nearness(part: Float[Array, "... D"], whole: Float[Array, "... D"]) -> Float
 
 
 def brought_nearness(
-    read: Read, whole: Float[Array, "B T D"], *, by_head: bool = False
+    read: Brought, whole: Float[Array, "B T D"], *, by_head: bool = False
 ) -> Float[Array, "B T S"]:
     """The nearness to `whole` of what each position brings; of each head's `[B,T,S,H]` if asked."""
     batch, n_heads, length = read.pattern.shape[:3]
@@ -133,7 +133,7 @@ def brought_nearness(
     return in_blocks(from_sources, n_sources, a_BSTH, read.v).swapaxes(1, 2)
 
 
-def alti(read: Read) -> Float[Array, "B T S"]:
+def alti(read: Brought) -> Float[Array, "B T S"]:
     """The nearness of what each position brings, the stream's own included, to the sum."""
     kept_BT = nearness(to_itself(read) + read.own, read.total)
     return on_diagonal(brought_nearness(read, read.total), kept_BT)

@@ -14,7 +14,7 @@ from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import ratio
 from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.source import batch_of, over_layers, stream_of
-from arrakis_jax.frozen.attention import READ, read
+from arrakis_jax.frozen.attention import BROUGHT_FIELDS, attention_brought
 from arrakis_jax.movement.contributions import brought_nearness, nearness
 from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.transformer import Layer, Transformer
@@ -190,7 +190,12 @@ def _most_edges(threshold: Any, edges: int) -> int:
 @compiled("edges")
 def _routes(model, source, mask, position, threshold, *, edges):
     config = model.config
-    fields = (*READ, "mlp_out", "final", *(("norm_mlp_scale",) if config.norms_stream else ()))
+    fields = (
+        *BROUGHT_FIELDS,
+        "mlp_out",
+        "final",
+        *(("norm_mlp_scale",) if config.norms_stream else ()),
+    )
     passed = over_layers(
         model, source, mask, fields, None, lambda _, layer: (None, _edges(model, layer, edges))
     )
@@ -235,7 +240,7 @@ class Edges(NamedTuple):
 def _edges(model: Transformer, layer: Layer, k: int) -> Edges:
     """A layer's edges, of attention the k most important into each position."""
     config, stream = model.config, layer.stream
-    brought = read(model, layer)
+    brought = attention_brought(model, layer)
     mlp_BTD = None if stream.mlp_out is None else stream.mlp_out.astype(config.acc)
     together = config.parallel and mlp_BTD is not None
     whole_BTD = layer.resid_post.astype(config.acc) if together else brought.total

@@ -13,7 +13,7 @@ from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract
 from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.source import batch_of, over_layers, stream_of
-from arrakis_jax.frozen.attention import READ, read
+from arrakis_jax.frozen.attention import BROUGHT_FIELDS, attention_brought
 from arrakis_jax.movement.alti_logit import logit_flow
 from arrakis_jax.movement.contributions import alti, brought_norms, identity, mixing, normalised
 from arrakis_jax.nn.transformer import Layer, Transformer
@@ -170,7 +170,7 @@ def _flow(model, source, mask, targets, against, *, method, layers):
             found |= {"layers": own, "total": total}
         return (contract("BTN,BNS->BTS", own, flow), empty | ((total == 0) & real)), found
 
-    fields = ("pattern",) if method in ("attention", "rollout") else READ
+    fields = ("pattern",) if method in ("attention", "rollout") else BROUGHT_FIELDS
     start = (identity(real, model.config.acc), jnp.zeros(real.shape, bool))
     passed = over_layers(model, source, mask, fields, start, step)
     flow, empty = passed.state
@@ -185,7 +185,7 @@ def _contributions(
         mean = layer.stream.pattern.astype(model.config.acc).mean(1)
         own = identity(layer.stream.mask, mean.dtype)
         return mean if method == "attention" else mean + own
-    brought = read(model, layer)
+    brought = attention_brought(model, layer)
     if method == "value_weighted":
         return brought_norms(brought)
     if method == "mixing":
