@@ -28,5 +28,7 @@ config = ModelConfig(
 )
 model = Transformer(config, rngs=nnx.Rngs(0))
 model.w_u[...] = model.w_e[...].T
+# `blocks` is None only where layers differ in kind: some with experts, some without.
+assert model.blocks is not None
 print("w_o", model.blocks.attn.w_o[...].shape)
 print("logits", run(model, [[1, 2, 3]]).logits.shape)
