@@ -1,4 +1,34 @@
-"""Takes the residual stream of a transformer apart: decomposition, movement and attribution."""
+"""Takes the residual stream of a transformer apart: decomposition, movement and attribution.
+
+Every public name is imported from here. The rooms of the package, by floor:
+
+    1   core            shape letters, errors, numerics, the config, checks of arguments
+    2   results         what tools return: records, labels, terms, the k largest, tables
+    3   stream          the residual stream as a value: fields, padding, points, captures, edits
+    4   nn              one transformer for all families, its layers stacked; `walk` scans them
+    5   families        a table for each family of checkpoints: config fields and weights
+    5   frozen          the model with its norms' scales frozen, which is linear
+    6   forward         the compiled forward, what a tool reads, targets
+    6   checkpoint      reading and writing weights
+    7   terms           the engine of decomposition: terms kept as factors
+    7   text            tokenizers
+    8   decomposition   what wrote this?
+    8   movement        how does the stream change on its way?
+    8   attribution     which inputs caused this output?
+    8   circuits        what do weights compute?
+    9   patching        what if a node were another run's?
+    10  edges           what if an edge were?
+    11  evaluation      is an attribution right?
+    12  demo            the shipped model, and how it is trained
+    12  residual_tools  three tools bound to a model
+    13  cli             the command line
+    13  examples        nine programs
+
+A module imports from its own room and from lower floors, never from its own floor's other rooms.
+Two rules more: `families` does not import `nn`, so that configs and weight tables are tested
+without an array; and no tool imports `families` or `checkpoint`: it gets a model.
+`tests/test_package.py` holds all of this. A method has a file that is named as its function.
+"""
 
 from importlib.metadata import version
 

@@ -57,7 +57,7 @@ def run_circuit(
         corrupt: `[B,T]`, the other prompt of each pair, token for token.
         target: what is measured, such as `Logit(3, against=4)`; of the clean prompts.
         circuits: `[N,R,W]`, for each circuit which edges are in it, over the readers and writers of
-            `Graph.of(model.config)`. AttentionContext the graph has no edge, nothing is read.
+            `Graph.of(model.config)`. Where the graph has no edge, nothing is read.
         mask: `[B,T]`, of both prompts.
         check: also check the values of arrays that are on an accelerator.
 
