@@ -19,9 +19,9 @@ from arrakis_jax.circuits.copying import (
     copying_traces,
     matching_scores,
 )
+from arrakis_jax.circuits.factored import Factored
 from arrakis_jax.circuits.head_scores import HeadScores, head_scores, repeated_tokens
 from arrakis_jax.circuits.head_tables import SkipTrigrams, ov_table, qk_table, skip_trigrams
-from arrakis_jax.circuits.factored import Factored
 from arrakis_jax.circuits.matrices import ov_matrices, qk_matrices
 from arrakis_jax.circuits.path_expansion import Path, PathTerms, path_expansion
 from arrakis_jax.circuits.virtual_head import VirtualHead, virtual_head

@@ -89,7 +89,7 @@ class Composition(Record):
 
         If the two matrices stood in random orientation to each other, their squared score would
         have mean 1 / D and a variance that follows from their singular values. This is
-        `(score^2 - 1 / D)` over that standard deviation. It is defined for scores, not for `excess`.
+        `(score^2 - 1 / D)` over that standard deviation. It needs scores, not their `excess`.
         """
         d = round(self.baseline**-2)
         earlier = self.concentration_ov[:, :, None, None]

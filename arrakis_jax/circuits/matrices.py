@@ -23,7 +23,7 @@ from arrakis_jax.nn.context import AttentionContexts
 from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.rotary import rotate
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.nn.walk import at_layer, walk
+from arrakis_jax.nn.walk import Walked, all_at_once, at_layer
 from arrakis_jax.stream.padding import Padding
 
 Distance = int | Int[Array, " N"] | np.ndarray | list
@@ -156,9 +156,7 @@ def checked_distance(distance: Any) -> Array:
 
 
 @compiled("fold", "biases")
-def _qk(
-    model: Transformer, distance: Int[Array, " N"], *, fold: bool, biases: bool
-) -> Factored:
+def _qk(model: Transformer, distance: Int[Array, " N"], *, fold: bool, biases: bool) -> Factored:
     return _every_layer(model, qk_of_layer(model.config, distance, fold=fold, biases=biases))
 
 
@@ -229,4 +227,5 @@ def of_head(model: Transformer, of: OfLayer, layer: Any, head: Any) -> Factored:
 
 def _every_layer(model: Transformer, of: OfLayer) -> Factored:
     """A function of one layer's block, over all layers."""
-    return walk(model, lambda state, place, _: (state, of(place.block, place.index)), None).found
+    by_segment = all_at_once(model, lambda place, _: of(place.block, place.index))
+    return Walked(None, by_segment).found
