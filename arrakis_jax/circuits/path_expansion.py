@@ -229,7 +229,7 @@ def _with_ones(
 
 
 def _sources(model: Transformer, stream: ResidualStream) -> tuple[tuple[str, ...], Array, Array]:
-    """The sources' names, and what they write: in all `[C,B,T,D]`, before each layer `[L,C,...]`."""
+    """The sources' names, and their writes: in all `[C,B,T,D]`, before each layer `[L,C,...]`."""
     acc, n_layers = model.config.acc, model.config.n_layers
     at_start = {"embed": stream.embed.astype(acc)}
     if model.w_pos is not None:
