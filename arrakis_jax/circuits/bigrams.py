@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from arrakis_jax.circuits.vocabulary import TopTokens, checked_rows, embedded_rows, top_tokens
-from arrakis_jax.core.axes import Array, Float, Int
+from arrakis_jax.circuits.vocabulary import Rows, TopTokens, checked_rows, embedded_rows, top_tokens
+from arrakis_jax.core.axes import Array, Float
 from arrakis_jax.core.checks import Ids, checked_count
 from arrakis_jax.core.numerics import contract
 from arrakis_jax.forward.run import compiled
@@ -44,18 +44,12 @@ def bigram_logits(
     Reference:
         Elhage et al. 2021, "Zero-Layer Transformers".
     """
-    tokens, positions = checked_rows(model, tokens, positions, "tokens")
-    return _bigrams(model, tokens, positions, scale)
+    return _bigrams(model, checked_rows(model, tokens, positions, "tokens"), scale)
 
 
 @compiled()
-def _bigrams(
-    model: Transformer,
-    tokens: Int[Array, " N"],
-    positions: Int[Array, " N"] | None,
-    scale: float | Array | None,
-) -> Float[Array, "N V"]:
-    return _logits(model, _normed(model, tokens, positions, scale), None)
+def _bigrams(model: Transformer, rows: Rows, scale: float | Array | None) -> Float[Array, "N V"]:
+    return _logits(model, _normed(model, rows, scale), None)
 
 
 def top_bigrams(
@@ -84,28 +78,20 @@ def top_bigrams(
         TopTokens(tokens=int32[1, 3], values=float32[1, 3])
     """
     checked_count("k", k, model.config.vocab_size)
-    tokens, positions = checked_rows(model, tokens, positions, "tokens")
-    return _top_bigrams(model, tokens, positions, scale, k=k)
+    return _top_bigrams(model, checked_rows(model, tokens, positions, "tokens"), scale, k=k)
 
 
 @compiled("k")
 def _top_bigrams(
-    model: Transformer,
-    tokens: Int[Array, " N"],
-    positions: Int[Array, " N"] | None,
-    scale: float | Array | None,
-    *,
-    k: int,
+    model: Transformer, rows: Rows, scale: float | Array | None, *, k: int
 ) -> TopTokens:
-    y_ND = _normed(model, tokens, positions, scale)
+    y_ND = _normed(model, rows, scale)
     return top_tokens(model.config.vocab_size, k, len(y_ND), lambda ids: _logits(model, y_ND, ids))
 
 
-def _normed(
-    model: Transformer, tokens: Array, positions: Array | None, scale: float | Array | None
-) -> Float[Array, "N D"]:
+def _normed(model: Transformer, rows: Rows, scale: float | Array | None) -> Float[Array, "N D"]:
     """The embedding through the final norm, with its own scale or with the one that is given."""
-    x_ND, norm = embedded_rows(model, tokens, positions), model.norm_final
+    x_ND, norm = embedded_rows(model, rows), model.norm_final
     if norm is None or scale is None:
         return model.final_norm(x_ND)
     scale = jnp.broadcast_to(jnp.asarray(scale, x_ND.dtype), x_ND.shape[:1])

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.circuits.heads import Head, check_bilinear, checked_head
+from arrakis_jax.circuits.heads import Head, HeadIndex, check_bilinear, checked_head
 from arrakis_jax.circuits.matrices import checked_distance, of_head, ov_of_layer, qk_of_layer
-from arrakis_jax.circuits.vocabulary import TopTokens, checked_rows, embedded_rows, top_tokens
+from arrakis_jax.circuits.vocabulary import Rows, TopTokens, checked_rows, embedded_rows, top_tokens
 from arrakis_jax.core.axes import Array, Float, Int, over
 from arrakis_jax.core.checks import Ids, checked_choice, checked_count
 from arrakis_jax.core.numerics import contract
@@ -18,7 +18,6 @@ from arrakis_jax.nn.walk import at_layer
 from arrakis_jax.results.record import Record
 
 _SCALES = ("own", "one")
-Rows = tuple[Int[Array, " N"], Int[Array, " N"] | None]  # tokens, and their learned positions
 
 
 @jax.tree_util.register_dataclass
@@ -78,14 +77,14 @@ def ov_table(
     at = checked_head(model, head)
     checked_choice("scales", scales, _SCALES)
     rows = checked_rows(model, sources, positions, "sources")
-    return _ov_rows(model, *at, rows, scales=scales)
+    return _ov_rows(model, at, rows, scales=scales)
 
 
 @compiled("scales")
 def _ov_rows(
-    model: Transformer, layer: Array, head: Array, sources: Rows, *, scales: str
+    model: Transformer, head: HeadIndex, sources: Rows, *, scales: str
 ) -> Float[Array, "N V"]:
-    return _logits(model, _moved(model, layer, head, sources, scales), None)
+    return _logits(model, _moved(model, head, sources, scales), None)
 
 
 def qk_table(
@@ -137,24 +136,23 @@ def qk_table(
     check_bilinear(model.config)
     queries = checked_rows(model, destinations, destination_positions, "destinations")
     keys = checked_rows(model, sources, source_positions, "sources")
-    return _qk_entries(model, *at, queries, keys, checked_distance(distance), scales=scales)
+    return _qk_entries(model, at, queries, keys, checked_distance(distance), scales=scales)
 
 
 @compiled("scales")
 def _qk_entries(
     model: Transformer,
-    layer: Array,
-    head: Array,
+    head: HeadIndex,
     destinations: Rows,
     sources: Rows,
     distance: Int[Array, " 1"],
     *,
     scales: str,
 ) -> Float[Array, "N M"]:
-    qk = of_head(model, qk_of_layer(model.config, distance, fold=True, biases=True), layer, head)
+    qk = of_head(model, qk_of_layer(model.config, distance, fold=True, biases=True), head)
     query_NK = _times(_read(model, destinations, scales), qk.left)
     key_MK = _times(_read(model, sources, scales), qk.right.T)
-    return contract("NK,MK->NM", query_NK, key_MK) * attention_scale(model.config, layer)
+    return contract("NK,MK->NM", query_NK, key_MK) * attention_scale(model.config, head[0])
 
 
 def skip_trigrams(
@@ -200,14 +198,13 @@ def skip_trigrams(
     checked_count("k", k, model.config.vocab_size)
     check_bilinear(model.config)
     rows = checked_rows(model, sources, None, "sources")
-    return _trigrams(model, *at, rows, checked_distance(distance), k=k, scales=scales)
+    return _trigrams(model, at, rows, checked_distance(distance), k=k, scales=scales)
 
 
 @compiled("k", "scales")
 def _trigrams(
     model: Transformer,
-    layer: Array,
-    head: Array,
+    head: HeadIndex,
     sources: Rows,
     distance: Int[Array, " 1"],
     *,
@@ -215,9 +212,9 @@ def _trigrams(
     scales: str,
 ) -> SkipTrigrams:
     config, tokens = model.config, sources[0]
-    written_ND = _moved(model, layer, head, sources, scales)
-    qk = of_head(model, qk_of_layer(config, distance, fold=True, biases=True), layer, head)
-    key_NK = _times(_read(model, sources, scales), qk.right.T) * attention_scale(config, layer)
+    written_ND = _moved(model, head, sources, scales)
+    qk = of_head(model, qk_of_layer(config, distance, fold=True, biases=True), head)
+    key_NK = _times(_read(model, sources, scales), qk.right.T) * attention_scale(config, head[0])
 
     def looking(ids: Int[Array, " M"]) -> Float[Array, "N M"]:
         return contract("NK,MK->NM", key_NK, _times(_read(model, (ids, None), scales), qk.left))
@@ -239,17 +236,15 @@ def _logits(model: Transformer, x_ND: Array, ids: Array | None) -> Float[Array, 
     return contract("ND,MD->NM", x_ND, model.unembedding(ids))
 
 
-def _moved(
-    model: Transformer, layer: Array, head: Array, rows: Rows, scales: str
-) -> Float[Array, "N D"]:
+def _moved(model: Transformer, head: HeadIndex, rows: Rows, scales: str) -> Float[Array, "N D"]:
     """What a head writes where it attends to these tokens."""
-    ov = of_head(model, ov_of_layer(model.config, fold=True, biases=True), layer, head)
+    ov = of_head(model, ov_of_layer(model.config, fold=True, biases=True), head)
     return contract("NK,KD->ND", _times(_read(model, rows, scales), ov.left), ov.right)
 
 
 def _read(model: Transformer, rows: Rows, scales: str) -> Float[Array, "N D"]:
     """Embeddings, divided by the scale with which attention reads them if that is asked for."""
-    x_ND = embedded_rows(model, *rows)
+    x_ND = embedded_rows(model, rows)
     # The scale depends on no parameters, so that the norm of the first layer gives it for all.
     norm = at_layer(model, lambda block, _: block.norm_attn, 0)
     if norm is None or scales == "one" or model.config.norm_placement == "stream_after":

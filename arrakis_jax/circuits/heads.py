@@ -9,12 +9,13 @@ from arrakis_jax.core.errors import expected
 from arrakis_jax.nn.transformer import Transformer
 
 Head = tuple[int | Int[Array, ""], int | Int[Array, ""]]
+HeadIndex = tuple[Int[Array, ""], Int[Array, ""]]  # what a Head is inside of a compiled function
 
 # What weights alone do not tell about heads: where they look, and the scales of their norms.
 HEAD_FIELDS = ("pattern", "norm_attn_scale", "norm_attn_out_scale")
 
 
-def checked_head(model: Transformer, head: Any, name: str = "head") -> Head:
+def checked_head(model: Transformer, head: Any, name: str = "head") -> tuple[Any, Any]:
     """A head as (layer, index), each counted from 0 or traced.
 
     Raises:

@@ -12,6 +12,7 @@ import numpy as np
 from einops import rearrange, repeat
 
 from arrakis_jax.circuits.factored import Factored
+from arrakis_jax.circuits.heads import HeadIndex
 from arrakis_jax.core.axes import Array, Float, Int
 from arrakis_jax.core.checks import host
 from arrakis_jax.core.config import ModelConfig
@@ -220,9 +221,10 @@ def _read_through(
     return jnp.concatenate([w_DNK, row_NK[None]]) if biases else w_DNK
 
 
-def of_head(model: Transformer, of: OfLayer, layer: Any, head: Any) -> Factored:
+def of_head(model: Transformer, of: OfLayer, head: HeadIndex) -> Factored:
     """A function of one layer's block, at one layer and head: no other layer's are made."""
-    return at_layer(model, lambda block, index: of(block, index)[head], layer)
+    layer, index = head
+    return at_layer(model, lambda block, layer: of(block, layer)[index], layer)
 
 
 def _every_layer(model: Transformer, of: OfLayer) -> Factored:

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from arrakis_jax.circuits.factored import Factored
-from arrakis_jax.circuits.heads import HEAD_FIELDS, Head, check_linear, checked_head
+from arrakis_jax.circuits.heads import HEAD_FIELDS, Head, HeadIndex, check_linear, checked_head
 from arrakis_jax.circuits.matrices import of_head, ov_of_layer
-from arrakis_jax.core.axes import Array, Float, Int
+from arrakis_jax.core.axes import Array, Float
 from arrakis_jax.core.checks import Mask, Tokens
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract
@@ -17,8 +17,6 @@ from arrakis_jax.forward.source import Source, source_of
 from arrakis_jax.nn.transformer import Layer, Transformer
 from arrakis_jax.results.record import Record
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
-
-Indices = tuple[Int[Array, ""], Int[Array, ""]]  # a layer and a head
 
 
 @jax.tree_util.register_dataclass
@@ -90,7 +88,9 @@ def virtual_head(
 
 
 @compiled()
-def _virtual(model: Transformer, source: Source, first: Indices, second: Indices) -> VirtualHead:
+def _virtual(
+    model: Transformer, source: Source, first: HeadIndex, second: HeadIndex
+) -> VirtualHead:
     acc = model.config.acc
     zero_BTS = jnp.zeros((*source.shape, source.shape[-1]), acc)
 
@@ -103,7 +103,7 @@ def _virtual(model: Transformer, source: Source, first: Indices, second: Indices
             weight = pattern if into is None else pattern / into[:, None]
             return pattern, weight if out is None else weight / out[..., None]
 
-        def at_its_layer(wanted: Indices, state: tuple) -> tuple[Array, ...]:
+        def at_its_layer(wanted: HeadIndex, state: tuple) -> tuple[Array, ...]:
             pairs = zip(pattern_and_weight(wanted[1]), state, strict=True)
             return tuple(jnp.where(layer.index == wanted[0], new, old) for new, old in pairs)
 
@@ -116,5 +116,5 @@ def _virtual(model: Transformer, source: Source, first: Indices, second: Indices
     return VirtualHead(
         pattern=contract("BNT,BTS->BNS", later[0], earlier[0]),
         weight=contract("BNT,BTS->BNS", later[1], earlier[1]),
-        ov=of_head(model, of, *first) @ of_head(model, of, *second),
+        ov=of_head(model, of, first) @ of_head(model, of, second),
     )

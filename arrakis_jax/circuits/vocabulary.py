@@ -14,7 +14,9 @@ from arrakis_jax.core.errors import expected
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.record import Record
 
-COLUMNS = 8192  # tokens of the vocabulary at a time
+Rows = tuple[Int[Array, " N"], Int[Array, " N"] | None]  # tokens, and learned positions if any
+
+COLUMNS = 8192  # how many tokens of the vocabulary are looked at at a time
 
 
 @jax.tree_util.register_dataclass
@@ -60,15 +62,14 @@ def top_tokens(
     return TopTokens(tokens=tokens, values=values)
 
 
-def embedded_rows(
-    model: Transformer, tokens: Int[Array, " N"], positions: Int[Array, " N"] | None
-) -> Float[Array, "N D"]:
+def embedded_rows(model: Transformer, rows: Rows) -> Float[Array, "N D"]:
     """What the stream holds of tokens before the first layer, at learned positions or at none."""
+    tokens, positions = rows
     x_ND = model.embed_tokens(tokens)
     return x_ND if positions is None else x_ND + model.embed_positions(positions)
 
 
-def checked_rows(model: Transformer, ids: Any, positions: Any, name: str) -> tuple[Array, Any]:
+def checked_rows(model: Transformer, ids: Any, positions: Any, name: str) -> Rows:
     """Token ids and positions as `[N]`; one of them alone as N = 1."""
     shape = np.shape(ids) or (1,)
     if len(shape) != 1:

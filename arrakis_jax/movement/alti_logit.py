@@ -99,9 +99,9 @@ def _layer_logits(facts: dict[str, Array], share: Float[Array, "B T"]) -> Float[
 
 def _embedded(model: Transformer, source: Source) -> Float[Array, "B T D"]:
     """What the walk begins with, which it hands over only at its end."""
-    if source.captured is None:
-        return model.embed(source.tokens, mask=source.mask)
-    return source.stream(model, ("embed",)).embed
+    if source.tokens is None:
+        return source.stream(model, ("embed",)).embed
+    return model.embed(source.tokens, mask=source.mask)
 
 
 def _readings(model: Transformer, r: Array) -> tuple[Array, Array, Reading | None]:

@@ -201,7 +201,7 @@ def _routes(
     model: Transformer,
     source: Source,
     position: Int[Array, " B"],
-    threshold: Float[Array, ""],
+    threshold: np.ndarray,
     *,
     edges: int,
 ) -> FlowRoutes:
@@ -277,7 +277,7 @@ def _mlp_step(model: Transformer, layer: Layer, mlp_BTD: Array) -> tuple[Array, 
 
 
 def _followed(
-    reached: Bool[Array, "B T"], layer: LayerEdges, threshold: Array, parallel: bool
+    reached: Bool[Array, "B T"], layer: LayerEdges, threshold: np.ndarray, parallel: bool
 ) -> tuple[Bool[Array, "B T"], LayerEdges]:
     """From the positions reached after a layer, those before it, and the edges between."""
     kept_mlp = kept_residual = None
