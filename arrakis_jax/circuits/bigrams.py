@@ -94,6 +94,7 @@ def _normed(model: Transformer, rows: Rows, scale: float | Array | None) -> Floa
     x_ND, norm = embedded_rows(model, rows), model.norm_final
     if norm is None or scale is None:
         return model.final_norm(x_ND)
+    # With the scale given, the norm is a linear map and a bias.
     scale = jnp.broadcast_to(jnp.asarray(scale, x_ND.dtype), x_ND.shape[:1])
     y_ND = norm.linear(x_ND) / scale[:, None]
     return y_ND if norm.b is None else y_ND + norm.b[...].astype(y_ND.dtype)[None]
@@ -101,5 +102,6 @@ def _normed(model: Transformer, rows: Rows, scale: float | Array | None) -> Floa
 
 def _logits(model: Transformer, y_ND: Array, ids: Array | None) -> Float[Array, "N M"]:
     """The logits of normed vectors, for these tokens or for all."""
+    # None reads the unembedding as it is: gathering all ids would copy it.
     bias = model.unembedding_bias(jnp.arange(model.config.vocab_size) if ids is None else ids)
     return contract("ND,MD->NM", y_ND, model.unembedding(ids)) + bias[None]

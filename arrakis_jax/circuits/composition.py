@@ -91,7 +91,7 @@ class Composition(Record):
         have mean 1 / D and a variance that follows from their singular values. This is
         `(score^2 - 1 / D)` over that standard deviation. It needs scores, not their `excess`.
         """
-        d = round(self.baseline**-2)
+        d = round(self.baseline**-2)  # the baseline is 1 / sqrt(D)
         earlier = self.concentration_ov[:, :, None, None]
         values = {}
         for kind in _KINDS:
@@ -118,6 +118,8 @@ def _variance(a: Array, b: Array, d: int) -> Array:
     r the shares of the squared singular values. Its variance follows from the fourth moments of Q,
     with the concentrations `a = sum p^2` and `b = sum r^2`.
     """
+    # Moments of entries of Q, times d (d + 2): E[Q_ij^4] is 3; E[Q_ij^2 Q_kl^2] is 1 in one row or
+    # column, and (d + 1) / (d - 1) for entries that share neither.
     apart = (d + 1) / max(d - 1, 1)
     fourth = 3 * a * b + a * (1 - b) + b * (1 - a) + apart * (1 - a) * (1 - b)
     return fourth / (d * (d + 2)) - 1 / d**2
@@ -205,6 +207,7 @@ def _concentration(narrow: Float[Array, "... D K"]) -> Float[Array, "..."]:
 
 def _between(write_HDK: Array, read_HDK: Array) -> Float[Array, "H H"]:
     """The norms of the products of every earlier head with every later one."""
+    # Both are in orthonormal bases: the K x K products have the norms of the D x D ones.
     product = contract("HDK,NDM->HKNM", write_HDK, read_HDK)
     return jnp.sqrt(jnp.sum(jnp.square(product), (1, 3)))
 
@@ -244,6 +247,7 @@ def composition_baseline(
 def _random_scores(model: Transformer, key: Array, *, draws: int) -> CompositionBaseline:
     config = model.config
 
+    # One draw at a time: all together would hold four D x K matrices for each.
     def draw(key: Array) -> Array:
         shape = (2, config.d_model, config.d_head)
         left, right = (jax.random.normal(key, shape, config.acc) for key in jax.random.split(key))

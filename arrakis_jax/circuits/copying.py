@@ -170,6 +170,7 @@ def _ranks(model: Transformer, ov: Factored, ids: Int[Array, " N"]) -> CopyingRa
         def of_token(token: Array) -> tuple[Array, Array]:
             read_K = contract("D,DK->K", _embedded(model, model.w_e[...][token]), head.left)
             logits = contract("K,KV->V", read_K, written_KV)
+            # Equal logits share their ranks: each counts half, the token itself not at all.
             larger, equal = (f(logits, logits[token]).sum() for f in (jnp.greater, jnp.equal))
             return (larger + (equal - 1) / 2) / others, larger + equal == 1
 
@@ -185,6 +186,7 @@ def _ranks(model: Transformer, ov: Factored, ids: Int[Array, " N"]) -> CopyingRa
 def _positive(cores: Float[Array, "L H K K"]) -> Float[Array, "L H"]:
     """The sum of eigenvalues over the sum of their absolute values; 0 without any."""
     values = eigenvalues(cores)
+    # Eigenvalues of a real matrix come in conjugate pairs: the sum has no imaginary part.
     total = np.abs(values).sum(-1)
     score = values.sum(-1).real / np.where(total == 0, 1, total)
     return jnp.asarray(np.clip(score, -1, 1), cores.dtype)
@@ -228,6 +230,7 @@ def _over_vocabulary(a_VM: Array, b_VN: Array) -> Float[Array, "M N"]:
         a, b = (jax.lax.dynamic_slice_in_dim(x, start, _CHUNK) for x in (a_VM, b_VN))
         return total + contract("VM,VN->MN", a, b), None
 
+    # The scan takes whole chunks; what is left begins the sum.
     rest = contract("VM,VN->MN", a_VM[whole:], b_VN[whole:])
     return jax.lax.scan(add, rest, jnp.arange(0, whole, _CHUNK))[0] if whole else rest
 

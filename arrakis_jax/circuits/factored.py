@@ -67,6 +67,7 @@ class Factored(Record):
         self,
     ) -> tuple[Float[Array, "... D K"], Float[Array, "... K"], Float[Array, "... K D"]]:
         """`(u, s, vt)` with `u * s @ vt` the matrix: both factors' QR, then the SVD of K x K."""
+        # matrix = columns middle rows^T, with orthonormal columns and rows.
         (columns, rows), middle = self._between()
         u, s, vt = jnp.linalg.svd(middle, full_matrices=False)
         vt = contract("...MK,...DK->...MD", vt, rows)
@@ -157,4 +158,5 @@ def eigenvalues(core: Float[Array, "... K K"]) -> Complex[np.ndarray, "... K"]:
     if isinstance(core, Tracer):
         do = "call it outside of jit, vmap and grad: eigenvalues are computed on the host"
         raise TypeError(expected("matrix", "made of numbers", "a traced array", do))
+    # Eigenvalues of nonsymmetric matrices are sensitive to rounding: float64 whatever the model's.
     return np.linalg.eigvals(np.asarray(core, np.float64))

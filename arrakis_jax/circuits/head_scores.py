@@ -82,6 +82,7 @@ def repeated_tokens(
         if value < 1 or (most is not None and value > most):
             must = "at least 1" if most is None else f"in [1, {most}], the number of ids but `bos`"
             raise ValueError(expected(name, must, value, "choose another number"))
+    # Without replacement: every token of the second copy has exactly one earlier copy.
     once = np.stack([rng.choice(pool, n, replace=False) for _ in range(batch)])
     return np.concatenate([np.full((batch, 1), bos), once, once], 1)
 
@@ -151,6 +152,7 @@ def _scores(model: Transformer, source: Source, *, definition: str) -> HeadScore
     else:
         reduce = _share_on(_targets(copies_BTS, padding))
 
+    # Patterns are reduced inside of the walk: those of one layer exist at a time.
     def step(state: None, layer: Layer) -> tuple[None, dict[str, Array]]:
         return state, reduce(layer.stream.pattern.astype(acc))
 
@@ -196,6 +198,7 @@ def _mean_at(targets: dict[str, tuple[Array, Array]], acc: jnp.dtype) -> Reduce:
 
     def mean(pattern_BHTS: Array, index_BT: Array, valid_BT: Array) -> Float[Array, "H B"]:
         at_BHT = jnp.take_along_axis(pattern_BHTS, index_BT[:, None, :, None], -1)[..., 0]
+        # Queries without a target have an index all the same, which is masked here.
         total_HB = jnp.where(valid_BT[:, None], at_BHT, 0).sum(-1).T
         return ratio(total_HB, valid_BT.sum(-1)[None].astype(acc))
 

@@ -150,6 +150,7 @@ def _qk_entries(
     scales: str,
 ) -> Float[Array, "N M"]:
     qk = of_head(model, qk_of_layer(model.config, distance, fold=True, biases=True), head)
+    # W_QK as factors: rows of the left are read by queries, columns of the right by keys.
     query_NK = _times(_read(model, destinations, scales), qk.left)
     key_MK = _times(_read(model, sources, scales), qk.right.T)
     return contract("NK,MK->NM", query_NK, key_MK) * attention_scale(model.config, head[0])
@@ -211,6 +212,7 @@ def _trigrams(
     k: int,
     scales: str,
 ) -> SkipTrigrams:
+    # What sources offer and write is made once, and meets the vocabulary a chunk at a time.
     config, tokens = model.config, sources[0]
     written_ND = _moved(model, head, sources, scales)
     qk = of_head(model, qk_of_layer(config, distance, fold=True, biases=True), head)
@@ -254,5 +256,5 @@ def _read(model: Transformer, rows: Rows, scales: str) -> Float[Array, "N D"]:
 
 
 def _times(x_ND: Array, w: Float[Array, "D1 K"]) -> Float[Array, "N K"]:
-    """`[x, 1] w`, without the column of ones."""
+    """`[x, 1] w`, without the column of ones: the last row of w is a bias."""
     return contract("ND,DK->NK", x_ND, w[:-1]) + over(w[-1], x_ND)

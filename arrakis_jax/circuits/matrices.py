@@ -173,6 +173,7 @@ def qk_of_layer(
         norm = block.norm_attn if fold and config.norm_placement != "stream_after" else None
         q = _read_through(norm, attn.w_q[...], attn.b_q, biases=biases)
         k = _read_through(norm, attn.w_k[...], attn.b_k, biases=biases)
+        # Gain and centring are linear and fold in; the scales of these norms depend on the text.
         if fold and attn.norm_q is not None and attn.norm_k is not None:
             q, k = attn.norm_q.linear(q), attn.norm_k.linear(k)
         if rotations_of is not None:
@@ -191,6 +192,7 @@ def _rotations(config: ModelConfig, distance: Int[Array, " N"]) -> Callable | No
 
     The key stands at position 0, the query at the distances, over which its rotation is averaged.
     """
+    # As one row without padding: RoPE that scales with length sees the longest distance.
     position = jnp.append(distance, 0)[None]
     padding = Padding(None, position, position.max(-1) + 1)
     contexts = AttentionContexts.of(config, padding)
@@ -214,7 +216,7 @@ def _read_through(
     w_NKD = rearrange(w_DNK.astype(acc), "D N K -> N K D")  # the norm's axis must be the last
     row_NK = jnp.zeros(w_NKD.shape[:2], acc) if bias is None else bias[...].astype(acc)
     if norm is not None:
-        if norm.b is not None:
+        if norm.b is not None:  # the norm adds its bias after the division: it has no scale
             row_NK = row_NK + contract("NKD,D->NK", w_NKD, norm.b[...])
         w_NKD = norm.transposed(w_NKD)
     w_DNK = rearrange(w_NKD, "N K D -> D N K")
@@ -229,5 +231,6 @@ def of_head(model: Transformer, of: OfLayer, head: HeadIndex) -> Factored:
 
 def _every_layer(model: Transformer, of: OfLayer) -> Factored:
     """A function of one layer's block, over all layers."""
+    # Not in a scan, which would copy the weights that are handed on as they are.
     by_segment = all_at_once(model, lambda place, _: of(place.block, place.index))
     return Walked(None, by_segment).found

@@ -179,6 +179,7 @@ def _expansion(
     fields = _through_heads(model, stream, _with_ones(model, stream, names, read_LCBTD), at, r_BD)
     fields["direct"] = contract("CBD,BD->CB", written_CBTD[:, *at], r_BD)
     fields |= {"constant": offset_B + bias_B, "logit": logit_B}
+    # NaN, so that a position that a row does not have cannot pass for a result.
     fields = {n: jnp.where(over(exists[:, 0], x), x, jnp.nan) for n, x in fields.items()}
     paths = PathTerms(**fields, gap=ABSENT, sources=names)
     gap = jnp.abs(paths.terms.sum(0) + paths.constant - logit_B)
@@ -200,7 +201,7 @@ def _through_heads(
     """
     rows, columns = at
     ov = ov_matrices(model, biases=True)
-    share_LBT = _scale(model, stream, "norm_attn_out_scale")
+    share_LBT = _scale(model, stream, "norm_attn_out_scale")  # one without such a norm
     row_LBHS = stream.pattern[:, rows, :, columns]  # with the indexed axes in front
     row_LBHS = jnp.moveaxis(row_LBHS, 0, 1) / share_LBT[:, *at][..., None, None]
     into_LBHN = contract("LHNK,LHKD,BD->LBHN", ov.left, ov.right, r_BD)
@@ -222,6 +223,7 @@ def _with_ones(
     model: Transformer, stream: ResidualStream, names: tuple[str, ...], read_LCBTD: Array
 ) -> Float[Array, "L C B T N"]:
     """What heads read of the sources, over the norm's scale, and a one for "bias" (N = D + 1)."""
+    # A head's biases stand in the last row of `ov.left`. They count once, as part of "bias".
     read_LCBTD = read_LCBTD / _scale(model, stream, "norm_attn_scale")[:, None, ..., None]
     one = jnp.array([name == "bias" for name in names], read_LCBTD.dtype)
     one = jnp.broadcast_to(one[None, :, None, None, None], (*read_LCBTD.shape[:-1], 1))
@@ -232,7 +234,7 @@ def _sources(model: Transformer, stream: ResidualStream) -> tuple[tuple[str, ...
     """The sources' names, and their writes: in all `[C,B,T,D]`, before each layer `[L,C,...]`."""
     acc, n_layers = model.config.acc, model.config.n_layers
     at_start = {"embed": stream.embed.astype(acc)}
-    if model.w_pos is not None:
+    if model.w_pos is not None:  # the embedding holds the learned positions: they are told apart
         padding = Padding.of(stream.mask.shape, stream.mask)
         pos_BTD = jnp.where(stream.mask[..., None], model.embed_positions(padding.rank), 0)
         at_start = {"embed": at_start["embed"] - pos_BTD, "pos": pos_BTD}
@@ -241,6 +243,7 @@ def _sources(model: Transformer, stream: ResidualStream) -> tuple[tuple[str, ...
     written = {"bias": _biases(model, stream)}
     if "mlp_out" not in stream.lacks:
         written["mlp"] = stream.mlp_out.astype(acc)
+    # A layer reads what was written before it: the cumulative sum without its own write.
     for name, x_LBTD in written.items():
         whole[name] = x_LBTD.sum(0)
         before[name] = jnp.cumsum(x_LBTD, 0) - x_LBTD
@@ -253,6 +256,7 @@ def _biases(model: Transformer, stream: ResidualStream) -> Float[Array, "L B T D
 
     def step(state: None, place: Place, scale_BT: Array) -> tuple[None, Array]:
         b_o, norm = place.block.attn.b_o, place.block.norm_attn_out
+        # The output's bias passes the norm of the output, and that norm's own bias comes after.
         zero_D = jnp.zeros(config.d_model, config.acc)
         bias_D = zero_D if b_o is None else b_o[...].astype(config.acc)
         bias_D = bias_D if norm is None else norm.linear(bias_D)

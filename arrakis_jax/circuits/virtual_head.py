@@ -100,6 +100,7 @@ def _virtual(
 
         def pattern_and_weight(head: Array) -> tuple[Array, Array]:
             pattern = jnp.take(stream.pattern, head, 1).astype(acc)
+            # The norm before divides what is read at S, the norm after what is written at T.
             weight = pattern if into is None else pattern / into[:, None]
             return pattern, weight if out is None else weight / out[..., None]
 

@@ -46,6 +46,7 @@ def top_tokens(
     """
     chunk = min(chunk, vocab_size)
     starts = jnp.arange(0, vocab_size, chunk)
+    # The dtype of the entries, without computing any.
     dtype = jax.eval_shape(entries, jax.ShapeDtypeStruct((1,), jnp.int32)).dtype
     nothing = (jnp.full((n_rows, k), -jnp.inf, dtype), jnp.zeros((n_rows, k), jnp.int32))
 

@@ -57,8 +57,11 @@ def logit_flow(
         q_BTS = _attention_logits(brought, at.mid)
         rows, total = normalised(alti(brought))
         after = contract("BTN,BNS->BTS", rows, flow)
+        # What was brought before passes this layer's norm. What attention brings from a position is
+        # shared among the tokens of that position's mixture.
         logits = logits * at.attn[..., None] + contract("BTN,BNS->BTS", q_BTS, flow)
         constant = constant * at.attn + (brought.bias * at.mid).sum(-1)
+        # A mixture whose tokens do not sum to 1 leaves a rest, which keeps the sum exact.
         constant = constant + (q_BTS * _lost(flow)[:, None]).sum(-1)
         logits, constant = logits * at.mlp[..., None], constant * at.mlp
         if complete and layer.stream.mlp_out is not None:
@@ -69,6 +72,7 @@ def logit_flow(
         facts = {"q": q_BTS, "passed": at.attn * at.mlp, "mlp": at.mlp} if layers else {}
         return (after, empty | ((total == 0) & real), logits, constant), facts
 
+    # Fields that a captured stream need not have are asked for only where they are read.
     fields = READ if model.norm_final is None else (*READ, "norm_final_scale")
     fields = (*fields, "norm_mlp_scale") if config.norms_stream else fields
     fields = (*fields, "embed", "mlp_out") if complete else fields
@@ -79,6 +83,7 @@ def logit_flow(
     start = (flow, jnp.zeros(real.shape, bool), logits, constant)
     stream, walked = source.over_layers(model, fields, start, step)
     _, empty, logits, constant = walked.state
+    # The final scale, and the length that directions leave out, come in once for all layers.
     scale = jnp.ones_like(size) if model.norm_final is None else stream.norm_final_scale
     share = jnp.where(real, size / scale, 0)
     logits = jnp.where(real[..., None], logits * (size / scale)[..., None], 0)
@@ -93,6 +98,7 @@ def logit_flow(
 def _layer_logits(facts: dict[str, Array], share: Float[Array, "B T"]) -> Float[Array, "L B T S"]:
     """The logits that each layer's attention brings, times what later norms multiply them by."""
     later = jax.lax.cumprod(facts["passed"], axis=0, reverse=True)
+    # The norms after a layer, not its own: the product from the next layer on.
     later = jnp.concatenate([later[1:], jnp.ones_like(later[:1])])
     return facts["q"] * (facts["mlp"] * later * over(share, later))[..., None]
 
@@ -146,6 +152,7 @@ def _reading(model: Transformer, layer: Layer, r: Array, readings: Reading | Non
 
 def _attention_logits(brought: Read, r: Float[Array, "B T D"]) -> Float[Array, "B T S"]:
     """`sum_h a[h,t,s] v[s,h] w_o[h] . r[t]`."""
+    # W_O meets the direction first: no head's vectors of width D are formed.
     w_BTHK = contract("HKD,BTD->BTHK", brought.w_o, r)
     read_BHTS = contract("BTHK,BSHK->BHTS", w_BTHK, brought.v)
     return (weights_of(brought) * read_BHTS).sum(1)
@@ -158,6 +165,7 @@ def _mlp_logits(model: Transformer, layer: Layer, at: Reading) -> tuple[Array, A
     bias_BT = jnp.zeros_like(at.mlp)
     if stream_norm is not None and stream_norm.b is not None:
         bias_BT = _along(over(stream_norm.b[...].astype(out_BTD.dtype), out_BTD), at.post)
+    # With the norm after the sum, the MLP's output passes it, as the stream does.
     if model.config.norm_placement == "stream_after":
         return _along(out_BTD, at.mid) * at.mlp, bias_BT
     return _along(out_BTD, at.post), bias_BT

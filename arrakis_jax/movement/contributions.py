@@ -30,6 +30,7 @@ def in_blocks(function: Callable[..., Any], size: int, *arrays: Array) -> Any:
     count = -(-n // max(size, 1))
     size = -(-n // count)  # blocks of equal size, so that little is padded
 
+    # The axis of blocks goes in front, where `map` takes it, and the padding is cut off again.
     def split(x: Array) -> Array:
         x = jnp.pad(x, [(0, 0), (0, count * size - n), *[(0, 0)] * (x.ndim - 2)])
         return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
@@ -103,7 +104,7 @@ def mixing(brought: Read) -> tuple[Float[Array, "B T S"], Float[Array, "B T"]]:
 
 
 def nearness(part: Float[Array, "... D"], whole: Float[Array, "... D"]) -> Float[Array, "..."]:
-    """How much of the way to the whole y a part p goes: `max(0, |y|_1 - |y - p|_1)`."""
+    """By how much a part p brings zero nearer to the whole y: `max(0, |y|_1 - |y - p|_1)`."""
     # Term by term |y| - |y - p| = min(q, 2 |y| - q) with q = sign(y) p, which does not cancel.
     q = jnp.where(whole < 0, -1, 1).astype(part.dtype) * part
     return jnp.maximum(0, jnp.minimum(q, 2 * jnp.abs(whole) - q).sum(-1))
@@ -150,6 +151,7 @@ def brought_nearness(
 
 def alti(brought: Read) -> Float[Array, "B T S"]:
     """The nearness to the sum of what each position brings, the stream's own included."""
+    # A position keeps its stream and what its heads bring from itself, as one vector.
     kept_BT = nearness(to_itself(brought) + brought.own, brought.total)
     return on_diagonal(brought_nearness(brought, brought.total), kept_BT)
 

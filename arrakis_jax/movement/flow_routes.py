@@ -67,7 +67,7 @@ class FlowRoutes(Record):
 
         Nodes are `("embed", column)`, `("resid_mid", layer, column)`, `("mlp", layer, column)` and
         `("resid_post", layer, column)`; a block that is parallel or has no MLP has no resid_mid.
-        LayerEdges point to the prediction and have `weight`, `kind` ("attn", "residual", "mlp", or
+        Edges point to the prediction and have `weight`, `kind` ("attn", "residual", "mlp", or
         "read" from the stream to an MLP, of weight 1), `layer` and `head` (None unless "attn").
         """
         import networkx
@@ -91,6 +91,7 @@ class FlowRoutes(Record):
             if getattr(self, name) is None:
                 return
             weight, wanted = (np.asarray(getattr(self, x)[:, b]) for x in (name, kept))
+            # An index is (layer, column), and for attention the edge's rank.
             for index in np.argwhere(wanted).tolist():
                 yield (*index[:2], tuple(index), weight[tuple(index)])
 
@@ -101,6 +102,7 @@ class FlowRoutes(Record):
             add(start, (mid, layer, t), weight, "attn", layer, int(head[at]))
         for layer, t, _, weight in edges("residual_attn", "kept_residual_attn"):
             add(before(layer, t), (mid, layer, t), weight, "residual", layer)
+        # An MLP is a node of its own; a parallel one reads the stream before the block.
         for layer, t, _, weight in edges("mlp", "kept_mlp"):
             start, node = (mid, layer, t) if halves else before(layer, t), ("mlp", layer, t)
             add(start, node, 1, "read", layer)
@@ -166,6 +168,7 @@ def flow_routes(
     n_rows, length = source.shape
     position = checked_position(position, n_rows, source.mask, length)
     edges = _most_edges(threshold, length * model.config.n_heads)
+    # The level is traced: only k, the number of edges, decides shapes and programs.
     level = np.asarray(threshold, model.config.acc)
     return _routes(model, source, position, level, edges=edges)
 
@@ -220,6 +223,7 @@ def _routes(
 
     # The graph is a few masks, so it is followed through all positions at once, layer by layer.
     inputs, kept = jax.lax.scan(back, end, all_edges, reverse=True)
+    # Edges of all kinds of an example: every axis but the batch is summed over.
     counts = [x.sum(tuple(i for i in range(x.ndim) if i != 1)) for x in jax.tree.leaves(kept)]
     return FlowRoutes(
         weight=all_edges.attn,
@@ -243,6 +247,7 @@ def _edges(model: Transformer, layer: Layer, k: int) -> LayerEdges:
     config, stream = model.config, layer.stream
     brought = read(model, layer)
     mlp_BTD = None if stream.mlp_out is None else stream.mlp_out.astype(config.acc)
+    # In a parallel block heads, MLP and stream add up in one step, and share one total.
     together = config.parallel and mlp_BTD is not None
     whole_BTD = layer.resid_post.astype(config.acc) if together else brought.total
     attn_BTSH = brought_nearness(brought, whole_BTD, by_head=True)
@@ -281,7 +286,7 @@ def _followed(
 ) -> tuple[Bool[Array, "B T"], LayerEdges]:
     """From the positions reached after a layer, those before it, and the edges between."""
     kept_mlp = kept_residual = None
-    mid = reached
+    mid = reached  # where the layer has one step, its middle is its end
     if layer.mlp is not None:
         kept_mlp = reached & (layer.mlp > threshold)
     if layer.residual_mlp is not None:

@@ -117,6 +117,7 @@ def information_flow(
     if not isinstance(layers, bool | np.bool_):
         do = "only that decides what is returned"
         raise TypeError(expected("layers", "True or False", repr(layers), do))
+    # Targets that a method does not read would be ignored silently.
     if (targets is not None) != (method in TO_LOGITS) or (targets is None and against is not None):
         name = "targets" if targets is not None or method in TO_LOGITS else "against"
         must = "token ids" if method in TO_LOGITS else "None"
@@ -138,6 +139,7 @@ def _ids(model: Transformer, ids: Any, shape: tuple[int, ...], name: str, check:
     except ValueError:  # a ragged list
         each = False
     ids = checked_ids(model.config, ids, shape if each else shape[:1], name=name, check=check)
+    # One a row is the same target at each of its positions.
     return ids if each else jnp.broadcast_to(ids[:, None], shape)
 
 
@@ -160,10 +162,12 @@ def _flow(
         flow, empty = state
         contributions, facts = _contributions(model, layer, method)
         rows, total = normalised(contributions)
-        if layers:
+        if layers:  # `[L,B,T,S]`: only if asked for
             facts |= {"layers": rows, "total": total}
+        # The mixture after the layer: that of each position it reads, in this layer's shares.
         return (contract("BTN,BNS->BTS", rows, flow), empty | ((total == 0) & real)), facts
 
+    # These two read patterns alone, so that a stream with nothing else will do.
     fields = ("pattern",) if method in ("attention", "rollout") else READ
     start = (identity(real, model.config.acc), jnp.zeros(real.shape, bool))
     _, walked = source.over_layers(model, fields, start, step)

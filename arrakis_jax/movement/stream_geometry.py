@@ -102,6 +102,7 @@ def stream_geometry(
 def _geometry(model: Transformer, source: Source, *, k: int, first: bool) -> StreamGeometry:
     stream = source.stream(model, point_fields(model.config))
     points, names = stream_points(model.config, stream)
+    # Lengths are of all real tokens, statistics of those kept.
     kept, real = kept_tokens(stream, first), kept_tokens(stream, True)
     acc = jnp.promote_types(points.dtype, jnp.float32)
 
