@@ -35,7 +35,7 @@ from importlib.metadata import version
 from arrakis_jax.attribution.feature_attribution import Attribution, feature_attribution
 from arrakis_jax.attribution.residual_gradients import residual_gradients
 from arrakis_jax.checkpoint import from_pretrained, save
-from arrakis_jax.circuits.bigrams import TopTokens, bigram_logits, top_bigrams
+from arrakis_jax.circuits.bigrams import bigram_logits, top_bigrams
 from arrakis_jax.circuits.composition import (
     Composition,
     CompositionBaseline,
@@ -49,11 +49,13 @@ from arrakis_jax.circuits.copying import (
     copying_traces,
     matching_scores,
 )
+from arrakis_jax.circuits.factored import Factored
 from arrakis_jax.circuits.head_scores import HeadScores, head_scores, repeated_tokens
 from arrakis_jax.circuits.head_tables import SkipTrigrams, ov_table, qk_table, skip_trigrams
-from arrakis_jax.circuits.matrices import Factored, ov_matrices, qk_matrices
+from arrakis_jax.circuits.matrices import ov_matrices, qk_matrices
 from arrakis_jax.circuits.path_expansion import Path, PathTerms, path_expansion
 from arrakis_jax.circuits.virtual_head import VirtualHead, virtual_head
+from arrakis_jax.circuits.vocabulary import TopTokens
 from arrakis_jax.core.config import ModelConfig, RopeScaling
 from arrakis_jax.core.errors import CheckpointError, NotCapturedError
 from arrakis_jax.decomposition.attribute_movement import MovementAttribution, attribute_movement

@@ -53,7 +53,7 @@ from arrakis_jax import (
     top_attribution,
     virtual_head,
 )
-from arrakis_jax.movement.information_flow import METHODS
+from arrakis_jax.movement.information_flow import FLOW_METHODS
 from tests.cost import dots, flops, temporary
 from tests.models import batch, close, gpt2_small, model
 
@@ -115,7 +115,7 @@ TOOLS = {
         f"information_flow_{method}": lambda m, t, k, method=method: information_flow(
             m, t, 3 if "logit" in method else None, method=method, layers=True, mask=k
         )
-        for method in METHODS
+        for method in FLOW_METHODS
     },
     "flow_routes": lambda m, t, k: flow_routes(m, t, mask=k),
     "ov_matrices": lambda m, t, k: ov_matrices(m).singular_values(),

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from arrakis_jax import run
-from arrakis_jax.circuits.head_scores import KINDS, head_scores, repeated_tokens
+from arrakis_jax.circuits.head_scores import head_scores, repeated_tokens
 from tests.induction import N, induction_model
 from tests.induction import V as VOCAB
 from tests.models import batch, close, compilations, model
 
 VARIANTS = ("llama", "gpt2", "parallel", "stream_after", "mixed", "gpt_oss", "attention_only",
             "no_norm", "one_layer")  # fmt: skip
+KINDS = ("previous", "first", "duplicate", "induction")
 
 
 def brute(pattern, tokens):

@@ -7,7 +7,8 @@ import pytest
 from jax import export
 
 from arrakis_jax import RopeScaling, run
-from arrakis_jax.circuits.matrices import Factored, ov_matrices, qk_matrices
+from arrakis_jax.circuits.factored import Factored
+from arrakis_jax.circuits.matrices import ov_matrices, qk_matrices
 from tests.models import VARIANTS, close, compilations, model
 
 YARN = RopeScaling(

@@ -200,7 +200,7 @@ def test_one_token_and_no_layer(x64):
 
 def test_vectors_exist_for_a_block_of_pairs(monkeypatch):
     b, t, d = 2, 60, 20
-    monkeypatch.setattr(contributions, "PAIRS", 6 * b * d * 100)
+    monkeypatch.setattr(contributions, "PAIR_ELEMENTS", 6 * b * d * 100)
     jaxpr = jax.make_jaxpr(lambda t: flow_routes(model(), t))(
         jax.ShapeDtypeStruct((b, t), jnp.int32)
     )
