@@ -26,7 +26,7 @@ ROPE_SCALINGS = {
 
 
 # What the values of a field must be, by the type in its annotation.
-TYPES = {
+_TYPES = {
     int: "an int",
     float: "a finite number",
     bool: "True or False",
@@ -251,7 +251,7 @@ class ModelConfig:
 
         may_be_zero = ("n_layers", "d_mlp", "position_offset", "n_experts", "experts_per_token",
                        "d_expert", "d_shared_expert")  # fmt: skip
-        kinds = TYPES | {RopeScaling: "a RopeScaling"}
+        kinds = _TYPES | {RopeScaling: "a RopeScaling"}
         for field in fields(self):
             value, given = getattr(self, field.name), (get_args(field.type) or (field.type,))
             kind, optional = next((k for k in given if k in kinds), None), type(None) in given
