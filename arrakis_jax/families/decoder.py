@@ -148,7 +148,7 @@ EXPERT_RULES = (
          "blocks.moe.w_gate", "blocks.moe.w_in"),
     rule(LAYER + "mlp.experts.down_proj", "E D J -> E J D", "blocks.moe.w_out"),
 )  # fmt: skip
-RULES = (*END_RULES, *ATTENTION_RULES, *NORM_RULES, *MLP_RULES)
+LLAMA_RULES = (*END_RULES, *ATTENTION_RULES, *NORM_RULES, *MLP_RULES)
 IGNORED = {
     "training": ("attention_dropout",),
     "how the products are split over devices": ("pretraining_tp",),
@@ -166,7 +166,7 @@ class Decoder(Family):
     """A family in the shape of Llama."""
 
     build: Callable[[dict[str, Any]], dict[str, Any]] = llama_arguments
-    rules: tuple[Rule, ...] = RULES
+    rules: tuple[Rule, ...] = LLAMA_RULES
     prefix: str = "model."
     types: Mapping[str, type] = field(default_factory=lambda: TYPES)
     choices: Mapping[str, Mapping[str, str]] = field(

@@ -87,7 +87,7 @@ QWEN2_MOE = decoder.Decoder(
         "norm_topk_prob": False,
     },
     build=_arguments,
-    rules=(*decoder.RULES, *QWEN_EXPERT_RULES, *_SHARED_EXPERT),
+    rules=(*decoder.LLAMA_RULES, *QWEN_EXPERT_RULES, *_SHARED_EXPERT),
     types=_TYPES,
     ignored=decoder.IGNORED_OF_EXPERTS,
 )

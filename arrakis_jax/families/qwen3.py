@@ -13,5 +13,5 @@ QWEN3 = decoder.Decoder(
     name="qwen3",
     defaults={**qwen2.QWEN2.defaults, "head_dim": 128, "attention_bias": False},
     build=_arguments,
-    rules=(*decoder.RULES, *decoder.QK_NORM_RULES),
+    rules=(*decoder.LLAMA_RULES, *decoder.QK_NORM_RULES),
 )

@@ -37,7 +37,7 @@ QWEN3_MOE = decoder.Decoder(
         "norm_topk_prob": False,
     },
     build=_arguments,
-    rules=(*decoder.RULES, *decoder.QK_NORM_RULES, *qwen2_moe.QWEN_EXPERT_RULES),
+    rules=(*decoder.LLAMA_RULES, *decoder.QK_NORM_RULES, *qwen2_moe.QWEN_EXPERT_RULES),
     types=qwen2_moe.QWEN2_MOE.types,
     renamed={"num_local_experts": "num_experts"},
     ignored=decoder.IGNORED_OF_EXPERTS | {"not read by the model": ("max_window_layers",)},

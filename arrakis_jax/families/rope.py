@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from arrakis_jax.core.config import ROPE_SCALINGS, RopeScaling
 from arrakis_jax.core.errors import expected
+from arrakis_jax.core.rope_scaling import ROPE_SCALINGS, RopeScaling
 from arrakis_jax.families.base import HUGE
 
 # Hugging Face's own default of theta is 10000.

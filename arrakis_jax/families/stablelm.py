@@ -18,7 +18,7 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
 
 _ATTENTION = decoder.LAYER + "self_attn."
 _RULES = (
-    *decoder.RULES,
+    *decoder.LLAMA_RULES,
     *decoder.NORM_BIAS_RULES,
     rule(_ATTENTION + "q_layernorm.norms.{H}.weight", "K -> K", "blocks.attn.norm_q.w"),
     rule(_ATTENTION + "k_layernorm.norms.{G}.weight", "K -> K", "blocks.attn.norm_k.w"),
