@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -170,8 +171,12 @@ def _of_layers(model: Transformer, gradient: Any, layers: tuple[int, ...], name:
         return gradient
     if not isinstance(gradient, tuple):
         return gradient[jnp.array(layers, int)]
-    parts = zip(gradient, model.stacks(), strict=True)
+    # One array for each segment, whose rows are the segment's own layers.
+    sizes = [n for _, n in model.config.segments]
+    rows = [
+        jnp.array([layer - end + n for layer in layers if end - n <= layer < end], int)
+        for end, n in zip(accumulate(sizes), sizes, strict=True)
+    ]
     return tuple(
-        None if part is None else part[jnp.array([i - own.start for i in layers if i in own], int)]
-        for part, (_, own) in parts
+        None if part is None else part[kept] for part, kept in zip(gradient, rows, strict=True)
     )

@@ -22,6 +22,7 @@ from arrakis_jax.nn.block import Block
 from arrakis_jax.nn.context import AttentionContexts
 from arrakis_jax.nn.site import Sites
 from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.nn.walk import Place, walk
 from arrakis_jax.patching.pairs import checked_pair
 from arrakis_jax.results.record import Record
 from arrakis_jax.results.table import Table
@@ -31,7 +32,7 @@ from arrakis_jax.stream.residuals import ResidualStream
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 SELECT = {"top": top_edges, "greedy": greedy_edges}
 # What is held of the corrupt run in each layer, if the model has it.
-HELD = ("resid_pre", "resid_mid", "z", "attn_out", "mlp_out", "norm_attn_out_scale")
+CORRUPT_FIELDS = ("resid_pre", "resid_mid", "z", "attn_out", "mlp_out", "norm_attn_out_scale")
 
 
 def run_circuit(
@@ -99,13 +100,11 @@ def _run_circuits(model, pair, target, circuits):
     padding = Padding.of(pair.base.shape, mask)
     contexts = AttentionContexts.of(config, padding)
     clean, corrupt = (model.embed(tokens, mask=mask) for tokens in (pair.base, pair.source))
-    corrupt_B, other = target_value(model, corrupt, mask, target, capture=HELD)
+    corrupt_B, other = target_value(model, corrupt, mask, target, capture=CORRUPT_FIELDS)
     clean_B, _ = target_value(model, clean, mask, target)
-    held = {name: value for name in HELD if (value := getattr(other, name)) is not None}
-    layers = [
-        (blocks, jax.tree.map(lambda x, own=own: x[own.start : own.stop], held), own)
-        for blocks, own in model.stacks()
-    ]
+    corrupt_fields = {
+        name: value for name in CORRUPT_FIELDS if (value := getattr(other, name)) is not None
+    }
     n = graph.readers_per_layer
 
     def one(circuit_RW: Bool[Array, "R W"]) -> Float[Array, " B"]:
@@ -115,16 +114,13 @@ def _run_circuits(model, pair, target, circuits):
         changes_WBTD = jnp.zeros((graph.n_writers + 1, *clean.shape), acc)
         changes_WBTD = changes_WBTD.at[0].set((clean - corrupt).astype(acc))
 
-        def step(changes_WBTD: Array, xs: tuple) -> tuple[Array, None]:
-            block, index, edges_nW, held = xs
-            about: dict[str, Any] = {**held, "mask": padding.real}
-            layer = _Layer(graph, block, index, padding, ResidualStream(**about))
-            return layer.changes(changes_WBTD, edges_nW, contexts.at(index)), None
+        def step(changes_WBTD: Array, place: Place, xs: tuple) -> tuple[Array, None]:
+            edges_nW, corrupt_fields = xs
+            stream = ResidualStream(**corrupt_fields, mask=padding.real)
+            layer = _Layer(graph, place.block, place.index, padding, stream)
+            return layer.changes(changes_WBTD, edges_nW, contexts.at(place.index)), None
 
-        for blocks, held, own in layers:
-            indices = jnp.arange(own.start, own.stop)
-            xs = (blocks, indices, inside_LnW[own.start : own.stop], held)
-            changes_WBTD = jax.lax.scan(step, changes_WBTD, xs)[0]
+        changes_WBTD = walk(model, step, changes_WBTD, (inside_LnW, corrupt_fields)).state
         read = contract("W,WBTD->BTD", circuit_RW[-1], changes_WBTD)
         return read_target(model, other.final + read, mask, target)
 

@@ -18,9 +18,11 @@ from arrakis_jax.edges.effects import EdgeEffects
 from arrakis_jax.edges.graph import WRITTEN, Graph, writer_changes
 from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.targets import Target, checked_target, read_target
+from arrakis_jax.nn.block import Block
 from arrakis_jax.nn.context import AttentionContexts
 from arrakis_jax.nn.site import Sites
 from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.nn.walk import walk
 from arrakis_jax.patching.pairs import Pair, checked_pair
 from arrakis_jax.stream.fields import READERS
 from arrakis_jax.stream.padding import Padding
@@ -249,8 +251,10 @@ class _Way:
 
             return moved
 
-        def layer(carry: tuple[Array, Array], xs: tuple) -> tuple[tuple, dict[str, Array]]:
-            (x, changes), (block, gates, index, change) = carry, xs
+        def layer(
+            carry: tuple[Array, Array], block: Block, index: Array, xs: tuple
+        ) -> tuple[tuple, dict[str, Array]]:
+            (x, changes), (gates, change) = carry, xs
 
             def reading(name: str) -> Callable:
                 def tap(value: Array) -> Array:
@@ -284,21 +288,19 @@ class _Way:
 
         def forward(gates: dict[str, Array], changes: Array) -> tuple[tuple, tuple]:
             inside = {name: gate for name, gate in gates.items() if name != "final"}
-            carry, records = (x_NBTD.reshape(-1, *x_NBTD.shape[2:]), changes), []
-            for blocks, layers in self.model.stacks():
-                rows = slice(layers.start, layers.stop)
-                xs = (inside, change)
-                own = jax.tree.map(lambda a, rows=rows: a[rows], xs)
-                xs = (blocks, own[0], jnp.arange(layers.start, layers.stop), own[1])
-                carry, record = jax.lax.scan(body, carry, xs)
-                records.append(record)
-            x, changes = carry
+            carry = (x_NBTD.reshape(-1, *x_NBTD.shape[2:]), changes)
+            walked = walk(
+                self.model,
+                lambda carry, place, xs: body(carry, place.block, place.index, xs),
+                carry,
+                (inside, change),
+            )
+            x, changes = walked.state
             x, changes = _read(x, gates["final"], changes)
             value_NB = jax.vmap(lambda x: read_target(self.model, x, self.mask, self.target))(
                 x.reshape(x_NBTD.shape)
             )
-            joined = {name: jnp.concatenate([r[name] for r in records]) for name in records[0]}
-            return ((value_NB * weight_N[:, None]).sum(), changes), (value_NB, joined)
+            return ((value_NB * weight_N[:, None]).sum(), changes), (value_NB, walked.found)
 
         shape = (graph.n_writers, *self.embed[0].shape)
         zeros = (self._gates(n_rows), jnp.zeros(shape, config.acc))

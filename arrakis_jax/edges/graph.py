@@ -20,6 +20,7 @@ from arrakis_jax.core.numerics import contract
 from arrakis_jax.nn.block import Block
 from arrakis_jax.nn.site import Sites
 from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.nn.walk import Place, walk
 from arrakis_jax.stream.residuals import ResidualStream
 
 # What a run must capture for `writer_changes`.
@@ -155,17 +156,12 @@ def writer_changes(
     norm if that head alone changes, or with `linear` the first order of it. The streams hold
     `WRITTEN`.
     """
-    graph, found = Graph.of(model.config), []
-    acc = model.config.acc
-    for blocks, layers in model.stacks():
-        rows = slice(layers.start, layers.stop)
+    graph, acc = Graph.of(model.config), model.config.acc
 
-        def heads(_: None, xs: tuple) -> tuple[None, Array]:
-            return None, head_changes(*xs, linear=linear)
+    def of_heads(_: None, place: Place, z: tuple[Array, Array]) -> tuple[None, Array]:
+        return None, head_changes(place.block, *z, linear=linear)
 
-        xs = (blocks, base.z[rows], source.z[rows])
-        found.append(jax.lax.scan(heads, None, xs)[1])
-    changes_LNBTD = jnp.concatenate(found)
+    changes_LNBTD = walk(model, of_heads, None, (base.z, source.z)).found
     if graph.has_mlp:
         mlp_LBTD = (source.mlp_out - base.mlp_out).astype(acc)
         changes_LNBTD = jnp.concatenate([changes_LNBTD, mlp_LBTD[:, None]], 1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +16,18 @@ from arrakis_jax.edges.effects import edge_table
 from arrakis_jax.edges.graph import WRITTEN, Edge, Graph, Node, head_changes
 from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.targets import Target, checked_target, read_target
+from arrakis_jax.nn.block import Block
 from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.nn.walk import at_layer
 from arrakis_jax.patching.effects import Effects
 from arrakis_jax.patching.pairs import Pair, checked_pair
 from arrakis_jax.results.table import Table
 from arrakis_jax.stream.fields import READERS
 from arrakis_jax.stream.residuals import ResidualStream
 
-KINDS = ("q", "k", "v", "mlp", "final")  # of readers; all but the last read at READERS
+# The kinds of writers, and of readers: all but "final" read at the sites in READERS.
+WRITERS = ("embed", "mlp", "head")
+READER_KINDS = ("q", "k", "v", "mlp", "final")
 
 
 @jax.tree_util.register_dataclass
@@ -117,7 +122,7 @@ def path_patching(
     graph = Graph.of(model.config)
     target = checked_target(model, pair.base, target, pair.mask)
     labels = checked_edges(graph, edges)
-    effects, base_B, source_B = _path_patching(model, pair, target, _Ends.of(model, labels))
+    effects, base_B, source_B = _path_patching(model, pair, target, _Ends.of(graph, labels))
     return PathEffects(effects=effects, base=base_B, source=source_B, labels=labels)
 
 
@@ -152,9 +157,9 @@ class _Ends(NamedTuple):
     """Where N edges begin and end, as indices; of one edge without the N axis.
 
     Attributes:
-        written: the embedding 0, an MLP 1, heads of the i-th segment of layers 2 + i.
+        written: the writer's kind, among WRITERS.
         writer: the writer's layer, and `head` which of its heads.
-        kind: the reader's, among KINDS.
+        kind: the reader's, among READER_KINDS.
         reader: the reader's layer; L for the final norm.
         reader_head: which head reads.
     """
@@ -167,16 +172,15 @@ class _Ends(NamedTuple):
     reader_head: Any
 
     @classmethod
-    def of(cls, model: Transformer, edges: tuple[Edge, ...]) -> "_Ends":
+    def of(cls, graph: Graph, edges: tuple[Edge, ...]) -> "_Ends":
         """The ends of these edges."""
-        segment = [i for i, (_, layers) in enumerate(model.stacks()) for _ in layers]
         rows = [
             (
-                {"embed": 0, "mlp": 1}.get(w.kind, 2 + segment[w.layer or 0]),
+                WRITERS.index(w.kind),
                 w.layer or 0,
                 w.head or 0,
-                KINDS.index(r.kind),
-                len(segment) if r.layer is None else r.layer,
+                READER_KINDS.index(r.kind),
+                graph.n_layers if r.layer is None else r.layer,
                 r.head or 0,
             )
             for w, r in edges
@@ -227,7 +231,7 @@ def _path_patching(model: Transformer, pair: Pair, target: Target, ends: _Ends) 
 def _changes(
     model: Transformer, base: ResidualStream, source: ResidualStream
 ) -> list[Callable[[Array, Array], Float[Array, "B T D"]]]:
-    """What a writer changes in the stream, from its layer and head: functions as in `_Ends`."""
+    """What a writer of each kind in WRITERS changes in the stream, from its layer and head."""
     acc = model.config.acc
 
     def embed(layer: Array, head: Array) -> Array:
@@ -238,11 +242,7 @@ def _changes(
             return jnp.zeros(base.embed.shape, acc)
         return (source.mlp_out[layer] - base.mlp_out[layer]).astype(acc)
 
-    def of_heads(blocks: Any, first: int) -> Callable:
-        def heads(layer: Array, head: Array) -> Array:
-            block = jax.tree.map(lambda w: w[layer - first], blocks)
-            return head_changes(block, base.z[layer], source.z[layer], linear=False)[head]
+    def one_head(block: Block, layer: Array, head: Array) -> Array:
+        return head_changes(block, base.z[layer], source.z[layer], linear=False)[head]
 
-        return heads
-
-    return [embed, mlp, *(of_heads(blocks, layers.start) for blocks, layers in model.stacks())]
+    return [embed, mlp, partial(at_layer, model, one_head)]

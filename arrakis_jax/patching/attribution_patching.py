@@ -17,7 +17,7 @@ from arrakis_jax.patching.effects import PatchEffects, axes_of, checked_over
 from arrakis_jax.patching.gates import Gate, arranged, closed, openings_of, with_openings
 from arrakis_jax.patching.grad_drop import dropped_effects
 from arrakis_jax.patching.pairs import Pair, checked_pair, checked_sites, fields_of, values_at
-from arrakis_jax.patching.qk_fix import READ, qk_effects
+from arrakis_jax.patching.qk_fix import QKV_FIELDS, qk_effects
 from arrakis_jax.results.record import ABSENT
 from arrakis_jax.stream.fields import UNSTACKED, lacking
 from arrakis_jax.stream.residuals import ResidualStream
@@ -124,7 +124,7 @@ def attribution_patching(
 
 def _default(model: Transformer, method: str) -> tuple[str, ...]:
     """The sites of a method that the model has."""
-    sites = ("resid_pre", "attn_out", "mlp_out", *(READ if method == "atp_star" else ()), "z")
+    sites = ("resid_pre", "attn_out", "mlp_out", *(QKV_FIELDS if method == "atp_star" else ()), "z")
     return tuple(site for site in sites if site not in lacking(model.config))
 
 
@@ -244,7 +244,7 @@ def _slopes(
     def total(openings: dict[str, Array], z: Array | None) -> tuple[Array, tuple]:
         taps = with_openings(gates, openings, z)
         value_B, stream = target_value(
-            model, x_BTD, mask, target, taps=taps, capture=READ if read else ()
+            model, x_BTD, mask, target, taps=taps, capture=QKV_FIELDS if read else ()
         )
         return value_B.sum(), (value_B, stream)
 

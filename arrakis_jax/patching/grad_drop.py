@@ -16,8 +16,9 @@ from arrakis_jax.forward.targets import Target, read_target
 from arrakis_jax.nn.context import AttentionContexts
 from arrakis_jax.nn.site import Sites
 from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.nn.walk import Place, walk
 from arrakis_jax.patching.gates import Gate, openings_of, together, with_openings
-from arrakis_jax.patching.qk_fix import READ, fixed
+from arrakis_jax.patching.qk_fix import QKV_FIELDS, layer_effects
 from arrakis_jax.stream.fields import UNSTACKED
 from arrakis_jax.stream.padding import Padding
 
@@ -65,9 +66,9 @@ def dropped_effects(
     final_BTD = pull(jnp.ones_like(value_B))[0]
     inside = {site: gate for site, gate in gates.items() if site not in UNSTACKED}
 
-    def of_layer(carry: tuple, xs: tuple) -> tuple[tuple, tuple]:
+    def of_layer(carry: tuple, place: Place, xs: tuple) -> tuple[tuple, tuple]:
         """From cotangents behind a block to those before it, with what the layer's nodes do."""
-        block, layer, x_BTD, gates, source = xs
+        (block, layer, _), (x_BTD, gates, source) = place, xs
         context = contexts.at(layer)
 
         def forward(x_BTD: Array, openings: dict, z: Array | None) -> tuple[tuple, dict]:
@@ -79,7 +80,7 @@ def dropped_effects(
                 return value
 
             taps = with_openings(gates, openings, z)
-            capture = frozenset(READ if source else ())
+            capture = frozenset(QKV_FIELDS if source else ())
             here = Sites(capture, taps, (hold,), layer, padding.mask)
             return (block(x_BTD, context, layer, here), passes), here.records
 
@@ -92,7 +93,7 @@ def dropped_effects(
             through = (run != layer).astype(config.acc)
             x_BTD, effects, g_BTHK = pull((x_BTD, dict.fromkeys(passes, through)))
             if source:
-                effects = effects | fixed(block.attn, context, layer, read, g_BTHK, source)
+                effects = effects | layer_effects(block.attn, context, layer, read, g_BTHK, source)
             return x_BTD, {site: together(site, e, over) for site, e in effects.items()}
 
         plain_BTD, runs_NBTD = carry
@@ -111,14 +112,8 @@ def dropped_effects(
         return (plain_BTD, runs_NBTD), (plain, total)
 
     carry = first = (final_BTD, jnp.broadcast_to(final_BTD, (n_layers, *final_BTD.shape)))
-    found = []
-    for blocks, layers in reversed(model.stacks()):
-        rows = slice(layers.start, layers.stop)
-        own = jax.tree.map(lambda x, rows=rows: x[rows], (base.resid_pre, inside, source))
-        xs = (blocks, jnp.arange(layers.start, layers.stop), *own)
-        carry, results = jax.lax.scan(of_layer, carry, xs, reverse=True)
-        found.append(results)
-    effects, total = jax.tree.map(lambda *x: jnp.concatenate(x), *reversed(found))
+    walked = walk(model, of_layer, carry, (base.resid_pre, inside, source), reverse=True)
+    carry, (effects, total) = walked.state, walked.found
 
     behind = {"embed": (x_BTD, *carry), "final": (base.final, *first)}
     for site in set(gates) & set(behind):

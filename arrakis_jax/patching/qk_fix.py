@@ -15,11 +15,12 @@ from arrakis_jax.core.numerics import contract
 from arrakis_jax.nn.attention import Attention
 from arrakis_jax.nn.context import AttentionContext, AttentionContexts
 from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.nn.walk import Place, walk
 from arrakis_jax.stream.padding import Padding
 from arrakis_jax.stream.residuals import ResidualStream
 
 # What a run must capture for `qk_effects`.
-READ = ("q", "k", "v")
+QKV_FIELDS = ("q", "k", "v")
 
 
 def qk_effects(
@@ -31,25 +32,19 @@ def qk_effects(
 ) -> dict[str, Array]:
     """Effects of each query `[L,B,T,H]` and each key `[L,B,T,G]` that becomes the source's.
 
-    `base` holds `READ`, `g` is the gradient at z, and `source` has the "q" or "k" put in place.
+    `base` holds `QKV_FIELDS`, `g` is the gradient at z, `source` has the "q" or "k" put in place.
     """
     contexts = AttentionContexts.of(model.config, Padding.of(base.mask.shape, mask))
 
-    def of_layer(_: None, xs: tuple) -> tuple[None, dict[str, Array]]:
-        attn, layer, *rest = xs
-        return None, fixed(attn, contexts.at(layer), layer, *rest)
+    def of_layer(_: None, place: Place, xs: tuple) -> tuple[None, dict[str, Array]]:
+        attn, layer = place.block.attn, place.index
+        return None, layer_effects(attn, contexts.at(layer), layer, *xs)
 
-    found = []
-    for blocks, layers in model.stacks():
-        rows = slice(layers.start, layers.stop)
-        read = {name: getattr(base, name) for name in READ}
-        own = jax.tree.map(lambda x, rows=rows: x[rows], (read, g_LBTHK, source))
-        xs = (blocks.attn, jnp.arange(layers.start, layers.stop), *own)
-        found.append(jax.lax.scan(of_layer, None, xs)[1])
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *found)
+    captured = {name: getattr(base, name) for name in QKV_FIELDS}
+    return walk(model, of_layer, None, (captured, g_LBTHK, source)).found
 
 
-def fixed(
+def layer_effects(
     attn: Attention,
     context: AttentionContext,
     layer: Int[Array, ""],
@@ -58,7 +53,7 @@ def fixed(
     source: dict[str, Array],
 ) -> dict[str, Any]:
     """`qk_effects` of one layer: `[B,T,H]` of queries, `[B,T,G]` of keys."""
-    q_BTHK, k_BSGK, v_BSGK = (base[name] for name in READ)
+    q_BTHK, k_BSGK, v_BSGK = (base[name] for name in QKV_FIELDS)
     n_kv, n_keys = attn.config.n_kv_heads, k_BSGK.shape[1]
     g_BTGRK = rearrange(g_BTHK, "B T (G R) K -> B T G R K", G=n_kv)
     g_BGRTS = contract("BTGRK,BSGK->BGRTS", g_BTGRK, v_BSGK)  # the gradient at the pattern
