@@ -88,11 +88,11 @@ def residual_gradients(
 ) -> ResidualStream:
     """The gradient of a target at every site, in one backward pass.
 
-    Where attention and MLP write straight to the stream, the gradient with respect to `attn_out`
-    is that of `resid_mid`, and of `mlp_out` that of the next `resid_pre` (or `final`); in parallel
-    blocks both are that of the next `resid_pre`. A head's written vector has the gradient of
-    `attn_out` (as it is written: after norms of the output and multipliers). The choice of experts
-    is held fixed, their weights are not.
+    Where attention and MLP write straight to the stream, `attn_out` has the gradient of
+    `resid_mid`, and `mlp_out` that of the next `resid_pre` (or `final`). In parallel blocks both
+    have the gradient of the next `resid_pre`. A head's written vector (after norms of the output
+    and multipliers) has the gradient of `attn_out`. The choice of experts is held fixed, their
+    weights are not.
 
     Args:
         model: the transformer.
@@ -103,8 +103,8 @@ def residual_gradients(
         position: where the logit is read, counted in real tokens: an int or `[B]`.
         mask: `[B,T]`.
         capture: the sites: "residuals" (the stream's own), "all" (q, k, v, pattern, z and mlp_act
-            too), a tuple of names, or a Capture, which also selects layers and positions (all of
-            them are differentiated). Norm scales have no gradient of their own here.
+            too), a tuple of names, or a Capture, which also selects layers and positions of the
+            result. Norm scales have no gradient here.
         check: also check the values of arrays that are on an accelerator.
 
     Returns:
@@ -138,18 +138,27 @@ def residual_gradients(
 
 
 @compiled("sites", "layers", "positions")
-def _residual_gradients(model, tokens, mask, target, *, sites, layers, positions):
+def _residual_gradients(
+    model: Transformer,
+    tokens: Array,
+    mask: Array | None,
+    target: Target,
+    *,
+    sites: tuple[str, ...],
+    layers: tuple[int, ...] | None,
+    positions: tuple[int, ...] | None,
+) -> ResidualStream:
     config = model.config
     lacks = lacking(config)
     sites = tuple(s for s in sites if s not in lacks)
     inside = tuple(s for s in sites if s in INTERNAL)
     x_BTD = model.embed(tokens, mask=mask)
     # Where writes are simply added, the stream's own gradients are those of the writes.
-    own = ("attn_out", "mlp_out") if config.norms_stream else ()
-    taps = tuple(s for s in ("resid_pre", "resid_mid", "final", *own, *inside) if s not in lacks)
+    writes = ("attn_out", "mlp_out") if config.norms_stream else ()
+    taps = tuple(s for s in ("resid_pre", "resid_mid", "final", *writes, *inside) if s not in lacks)
     _, gradients, stream = tapped_gradients(model, x_BTD, mask, target, taps)
     resid_pre, final = gradients["resid_pre"], gradients["final"]
-    following = jnp.concatenate([resid_pre, final[None]])
+    following = jnp.concatenate([resid_pre, final[None]])  # row l + 1 is what layer l writes to
     every: dict[str, Any] = {
         "embed": following[0],
         "attn_out": following[1:] if config.parallel else gradients["resid_mid"],

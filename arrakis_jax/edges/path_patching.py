@@ -76,13 +76,13 @@ def path_patching(
 ) -> PathEffects:
     """The effect of patching single edges of the model's graph, exactly.
 
-    For the edge from writer u to reader r: r alone reads the stream with u's write of the source
-    run in place of u's write of the base run; every other reader still reads the base run's, and
-    what r changes is followed to the target. `effect = target(patched) - target(base)`. An edge to
-    the final norm is the writer's direct effect.
+    For the edge from writer u to reader r, r alone reads the stream with u's write of the source
+    run in place of u's write of the base run. Every other reader still reads u's write of the base
+    run, and what r changes is followed to the target. `effect = target(patched) - target(base)`. An
+    edge to the final norm is the writer's direct effect.
 
-    Of each edge only the blocks from the reader's layer on are run, one edge at a time. One program
-    serves all lists of as many edges.
+    For each edge only the blocks from the reader's layer on are run, one edge at a time. One
+    program serves all lists of equal length.
 
     Args:
         model: a transformer whose stream is a sum of what is written to it.
@@ -110,8 +110,8 @@ def path_patching(
         >>> corrupt, _ = encode(tokenizer, "Alice and Tom met, Alice gave a book to")
         >>> alice, tom = (token_id(tokenizer, name) for name in (" Alice", " Tom"))
         >>> edges = [((0, "head", 2), (3, "k", 1)), ((3, "mlp"), (None, "final"))]
-        >>> found = path_patching(model, clean, corrupt, Logit(alice, tom), edges=edges)
-        >>> found.effects.shape, str(found.labels[0])
+        >>> paths = path_patching(model, clean, corrupt, Logit(alice, tom), edges=edges)
+        >>> paths.effects.shape, str(paths.labels[0])
         ((2, 1), 'L0 head 2 -> L3 k 1')
 
     Reference:
@@ -130,10 +130,10 @@ def checked_edges(graph: Graph, edges: Any) -> tuple[Edge, ...]:
     """The edges as nodes of the graph.
 
     Raises:
-        TypeError: what is no list of pairs of nodes.
-        ValueError: no edges, or one that the graph does not have.
+        TypeError: for anything but a list of pairs of nodes.
+        ValueError: for no edges, or one that the graph does not have.
     """
-    found = []
+    labels = []
     for edge in edges if isinstance(edges, Iterable) else (edges,):
         try:
             writer, reader = (Node(*node) for node in edge)
@@ -147,14 +147,14 @@ def checked_edges(graph: Graph, edges: Any) -> tuple[Edge, ...]:
         if not graph.edges[r, w]:
             do = "a reader reads what is written before it"
             raise ValueError(expected("edges", "made of edges of the model", str(edge), do))
-        found.append(edge)
-    if not found:
+        labels.append(edge)
+    if not labels:
         raise ValueError(expected("edges", "at least one pair", "none", "name an edge"))
-    return tuple(found)
+    return tuple(labels)
 
 
 class _Ends(NamedTuple):
-    """Where N edges begin and end, as indices; of one edge without the N axis.
+    """Where N edges begin and end, as indices; without the N axis for one edge.
 
     Attributes:
         written: the writer's kind, among WRITERS.
@@ -189,22 +189,23 @@ class _Ends(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Read:
-    """The edit with which one reader inside of a layer reads a change."""
+class _ReadChange:
+    """The edit that adds a change to the input of one reader inside of a layer."""
 
     at: _Ends
     change: Float[Array, "B T D"]
-    reads = READERS
+    reads = READERS  # the sites at which a block must ask for a copy of the stream
 
     def __call__(self, site: str, layer: Array | None, value: Array) -> Array:
         if site not in READERS:
             return value
-        here = (layer == self.at.reader) & (self.at.kind == READERS.index(site))
+        # Layer, kind and head are traced, so every reader asks whether it is the one.
+        reads = (layer == self.at.reader) & (self.at.kind == READERS.index(site))
         change = self.change
-        if site != "mlp_in":
+        if site != "mlp_in":  # of shape [B,T,heads,D]
             heads = jnp.arange(value.shape[2]) == self.at.reader_head
-            here, change = (here & heads)[None, None, :, None], change[:, :, None]
-        return value + jnp.where(here, change, 0).astype(value.dtype)
+            reads, change = (reads & heads)[None, None, :, None], change[:, :, None]
+        return value + jnp.where(reads, change, 0).astype(value.dtype)
 
 
 @compiled()
@@ -220,8 +221,9 @@ def _path_patching(model: Transformer, pair: Pair, target: Target, ends: _Ends) 
     def patched(at: _Ends) -> Float[Array, " B"]:
         change_BTD = jax.lax.switch(at.written, changes, at.writer, at.head)
         x_BTD = points_PBTD[at.reader]
+        # The final norm reads the point after the last block; inside of blocks an edit reads.
         x_BTD = x_BTD + jnp.where(at.reader == n_layers, change_BTD, 0).astype(x_BTD.dtype)
-        edits = (_Read(at, change_BTD),)
+        edits = (_ReadChange(at, change_BTD),)
         x_BTD = model.blocks_from(x_BTD, at.reader, mask=mask, edits=edits)
         return read_target(model, x_BTD, mask, target)
 

@@ -24,8 +24,8 @@ def randomised_weights(
     Args:
         model: the transformer, left as it is.
         seed: of the permutations.
-        layers: whose parameters are permuted, each layer's by itself; None for all.
-        outside: whether those outside of the layers are too (embeddings, final norm, unembedding).
+        layers: the layers whose parameters are permuted, each by itself; None for all.
+        outside: whether to permute also embeddings, final norm and unembedding.
 
     Returns:
         Another model of the same config.
@@ -96,9 +96,9 @@ def randomisation_check(
         seed: of the permutations.
 
     Returns:
-        `[L+1,B]`, the rank correlation of the scores with those of the model itself: the last
-        layer randomised (with the final norm and, if it is not the embedding, the unembedding
-        left as they are), the last two, ... all layers, and last everything. An attribution that
+        `[L+1,B]`, the rank correlation of the scores with the scores of the model itself: with the
+        last layer randomised, the last two, ... all layers, and at last with everything. Before
+        that, embeddings, final norm and unembedding are left as they are. An attribution that
         explains the model must lose its correlation on the way.
 
     Example:
@@ -114,9 +114,9 @@ def randomisation_check(
     """
     n_layers = model.config.n_layers
     scores = attribute(model)
-    found = []
+    correlations = []
     for first in (*range(n_layers - 1, -1, -1), None):
         layers = None if first is None else tuple(range(first, n_layers))
         other = randomised_weights(model, seed, layers=layers, outside=first is None)
-        found.append(agreement(attribute(other), scores).rank_correlation)
-    return jnp.stack(found)
+        correlations.append(agreement(attribute(other), scores).rank_correlation)
+    return jnp.stack(correlations)

@@ -42,11 +42,11 @@ def patch_sweep(
     A cell is one index along each axis of `over`; along the others everything is patched at once
     (without "layer": in all layers). Patching a run into itself changes nothing, to rounding.
 
-    Of each cell only the blocks from its own layer on are run, `(L + 1) / 2L` of a forward on
-    average, and only the target's logits are read. Where positions are cells of their own, those
-    before a cell keep their keys and values: in four steps, 5/8 of all positions are run. Beyond
-    the runs of the pair, temporary memory is that of the blocks for `cell_batch` cells. One program
-    serves all tokens and targets of a kind.
+    For each cell only the blocks from its own layer on are run, `(L + 1) / 2L` of a forward on
+    average, and only the target's logits are read. With "position" in `over`, earlier positions
+    keep their keys and values: in four steps, 5/8 of all positions are run. Beyond the runs of the
+    pair, the blocks of `cell_batch` cells take temporary memory. One program serves all tokens and
+    targets of a kind.
 
     Args:
         model: the transformer.
@@ -80,10 +80,10 @@ def patch_sweep(
         >>> clean, mask = encode(tokenizer, "Alice and Tom met, Tom gave a book to")
         >>> corrupt, _ = encode(tokenizer, "Alice and Tom met, Alice gave a book to")
         >>> alice, tom = (token_id(tokenizer, name) for name in (" Alice", " Tom"))
-        >>> found = patch_sweep(
+        >>> sweep = patch_sweep(
         ...     model, clean, corrupt, Logit(alice, tom), sites="z", over=("layer", "head")
         ... )
-        >>> found.effects.shape, str(found.labels[5])
+        >>> sweep.effects.shape, str(sweep.labels[5])
         ((4, 4, 1), 'L1 z head 1')
 
     Reference:
@@ -143,7 +143,7 @@ def _patch_sweep(
 
 
 def at_real(effects: Float[Array, "... B"], real_BT: Array, over: tuple[str, ...]) -> Array:
-    """Effects of cells along these axes, zero at padding."""
+    """Effects with these axes and B, zero at padding."""
     if "position" not in over:
         return effects
     shape = [real_BT.shape[1] if axis == "position" else 1 for axis in over]
@@ -163,7 +163,7 @@ def swept(
 ) -> Float[Array, "... B"]:
     """The target with each cell of a site patched: an axis for each entry of `over`, then B.
 
-    `value` is what is put in place, `[L,...]` (for embed and final without L), or broadcasts to it.
+    `value`, put in place, is `[L,...]` (for embed and final without L), or broadcasts to it.
     """
     config = model.config
     points_PBTD = jnp.concatenate([base.resid_pre, base.final[None]])
@@ -178,10 +178,11 @@ def swept(
     def cells(
         layer: Array | None, value: Array, first: int, shape: tuple[int, ...]
     ) -> Float[Array, "N B"]:
-        """With each cell of one layer patched, or with `layer=None` of all layers at once.
+        """The target with each cell of one layer patched, or of all layers at once if None.
 
         The cells have this shape, and their positions start with the column `first`.
         """
+        # A patched stream point enters the first block that is run; other sites need an edit.
         enters = site in UNSTACKED or (layer is not None and site in ENTERING)
         start: Any = 0 if layer is None else layer + ENTERING.get(site, 0)
         start = config.n_layers if site == "final" else start
@@ -196,39 +197,42 @@ def swept(
                     return x
                 if layer is None:
                     return put(x, site, index, jax.lax.dynamic_index_in_dim(value, at, 0, False))
+                # The edit is met in all later layers too; it changes the cell's own alone.
                 return jnp.where(at == layer, put(x, site, index, value), x)
 
             if enters:
-                own = put(x_BTD, site, index, value)
-                final = model.blocks_from(own, start, mask=mask, before=before)
+                patched_BTD = put(x_BTD, site, index, value)
+                final = model.blocks_from(patched_BTD, start, mask=mask, before=before)
             else:
                 final = model.blocks_from(x_BTD, start, mask=mask, before=before, edits=(edit,))
+            # Columns before the first cell are the base run's.
             final = jnp.concatenate([base.final[:, :first], final], 1)
             return read_target(model, final, mask, target)
 
         return in_chunks(patched, prod(shape), cell_batch)
 
     def steps(layer: Array | None, value: Array) -> Float[Array, "... B"]:
-        """The cells of one layer (or of all at once), those of later columns by themselves."""
+        """The cells of one layer (or of all at once), in steps of columns."""
         if "position" not in axes:
             return cells(layer, value, 0, shape).reshape(*shape, -1)
-        at, found = axes.index("position"), []
+        at, effects = axes.index("position"), []
         stacked = layer is None and site not in UNSTACKED
         for first, last in column_steps(counts["position"]):
-            own = from_column(value, site_axis(site, "position") + stacked, first)
+            later = from_column(value, site_axis(site, "position") + stacked, first)
             part = (*shape[:at], last - first, *shape[at + 1 :])
-            found.append(cells(layer, own, first, part).reshape(*part, -1))
-        return jnp.concatenate(found, at)
+            effects.append(cells(layer, later, first, part).reshape(*part, -1))
+        return jnp.concatenate(effects, at)
 
     if "layer" not in over:
         return steps(None, value)
+    # A map and no vmap over layers: a layer is where the run starts, and that skips blocks.
     layers = jnp.arange(config.n_layers)
-    found = jax.lax.map(lambda one: steps(*one), (layers, value))
-    return jnp.moveaxis(found, 0, over.index("layer"))
+    effects = jax.lax.map(lambda xs: steps(*xs), (layers, value))
+    return jnp.moveaxis(effects, 0, over.index("layer"))
 
 
 def column_steps(n: int) -> list[tuple[int, int]]:
-    """Four steps of columns, or fewer of at least 8: the first and the one after the last."""
+    """Begin and end of four steps of columns, or of fewer steps of at least 8 columns."""
     size = max(8, -(-n // 4))
     return [(first, min(first + size, n)) for first in range(0, n, size)]
 
@@ -250,15 +254,16 @@ def put(x: Array, site: str, index: dict[str, Array], value: Array) -> Array:
 
 
 def site_axis(site: str, axis: str) -> int:
-    """Which axis of a site's value, without L, are its positions, heads or neurons."""
+    """The axis of a site's value, without L, along which its positions, heads or neurons are."""
     if site == "pattern":
         return {"head": 1, "position": 2}[axis]
     return 1 if axis == "position" else 2
 
 
 def in_chunks(function: Callable, n: int, most: int) -> Float[Array, "N ..."]:
-    """`function` of 0..n-1, at most so many of them at a time, in chunks of equal size."""
+    """`function(0)` to `function(n - 1)`, at most `most` at a time, in chunks of equal size."""
     rounds = -(-n // most)
-    index = jnp.arange(rounds * -(-n // rounds)).reshape(rounds, -1)  # the last ones are no cells
-    found = jax.lax.map(jax.vmap(function), index)
-    return found.reshape(-1, *found.shape[2:])[:n]
+    # Numbers from n on fill up the last chunk, and are cut off.
+    index = jnp.arange(rounds * -(-n // rounds)).reshape(rounds, -1)
+    values = jax.lax.map(jax.vmap(function), index)
+    return values.reshape(-1, *values.shape[2:])[:n]
