@@ -1,90 +1,245 @@
 """What a tool reads: tokens that are to be run, or a stream that was."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.core.axes import Array
+from arrakis_jax.core.axes import Array, Bool, Float, Int
 from arrakis_jax.core.checks import Mask, Tokens, checked_tokens, host
 from arrakis_jax.core.errors import expected
 from arrakis_jax.nn.transformer import Layer, Transformer
+from arrakis_jax.nn.walk import PerSegment, Place, Walked, rows_of, walk
+from arrakis_jax.stream.capture import Capture
 from arrakis_jax.stream.fields import SEGMENTED, UNSTACKED
+from arrakis_jax.stream.padding import Padding, select_positions
 from arrakis_jax.stream.points import kept_tokens, point_fields
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 
 Step = Callable[[Any, Layer], tuple[Any, Any]]
 
 
-class Passed(NamedTuple):
-    """What a pass over the layers leaves.
+At = Int[Array, "B N"] | tuple[int, ...] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a tool reads: token ids that are to be run, or a stream that was captured.
+
+    Positions `at` are counted in real tokens: `[B,N]`, a tuple for every row, or None for all.
 
     Attributes:
-        stream: the stream outside of the layers: embed, final, norm_final_scale, mask.
-        state: the last state.
-        found: for each segment of layers, what the function found, stacked over its layers.
+        tokens: `[B,T]`; None with a captured stream.
+        mask: `[B,T]`, True at real tokens; None when all are.
+        captured: the captured stream; None with tokens.
     """
 
-    stream: ResidualStream
-    state: Any
-    found: list[Any]
+    tokens: Int[Array, "B T"] | None
+    mask: Bool[Array, "B T"] | None
+    captured: ResidualStream | None
 
     @property
-    def stacked(self) -> Any:
-        """What was found, stacked over all layers, where segments do not differ."""
-        return jax.tree.map(lambda *x: jnp.concatenate(x), *self.found)
+    def shape(self) -> tuple[int, ...]:
+        """The shape `[B,T]` of the tokens, whichever of their positions were captured."""
+        return (self.captured.mask if self.tokens is None else self.tokens).shape
+
+    @property
+    def padding(self) -> Padding:
+        """Where the real tokens stand."""
+        return Padding.of(self.shape, self.mask)
+
+    @property
+    def held(self) -> tuple[int, ...] | None:
+        """The only positions that were captured; None when there are all."""
+        return None if self.captured is None else self.captured.positions
+
+    def ranks(self, at: At = None) -> Int[Array, "B N"]:
+        """How many real tokens stand before each of these positions."""
+        return self.padding.rank if at is None else self.padding.counted(jnp.asarray(at, int))
+
+    def stream(
+        self,
+        model: Transformer,
+        fields: tuple[str, ...],
+        *,
+        layers: tuple[int, ...] | None = None,
+        at: At = None,
+        whole: tuple[str, ...] = (),
+    ) -> ResidualStream:
+        """The stream with these fields, run for them or captured before.
+
+        Args:
+            model: the transformer.
+            fields: the names of ResidualStream fields.
+            layers: the layers that a run keeps; a captured stream keeps its own.
+            at: the positions; all, or those captured, if None.
+            whole: the fields that keep all positions.
+        """
+        if self.captured is not None:
+            stream = self.captured
+            stream.need("mask", *fields)
+            return stream if at is None else stream.at(at, whole=whole)
+        return model.after_embedding(
+            model.embed(self.tokens, mask=self.mask),
+            mask=self.mask,
+            capture=Capture(fields, layers=layers),
+            at=self._each_row(at),
+            whole=whole,
+        ).residuals
+
+    def over_layers(
+        self,
+        model: Transformer,
+        fields: tuple[str, ...],
+        state: Any,
+        step: Step,
+        *,
+        layers: tuple[int, ...] | None = None,
+        at: At = None,
+        whole: tuple[str, ...] = (),
+    ) -> tuple[ResidualStream, Walked]:
+        """Hands these fields of each layer to `step(state, layer) -> (state, found)`.
+
+        Tokens are run: what a step does not keep of a layer exists only until the next. With
+        `layers` the run keeps the fields of these alone, and then goes over them.
+
+        Returns:
+            The stream outside of the layers (embed, final, norm_final_scale, mask), and the walk.
+        """
+        if self.captured is not None and at is None:
+            self.captured.need(all_positions=True)
+        if self.captured is not None or layers is not None:
+            # A rounded stream is told apart by its neighbours: all layers are kept.
+            kept = None if model.config.stream_dtype else layers
+            needed = (*fields, *(() if self.captured is not None else UNSTACKED))
+            stream = self.stream(model, needed, layers=kept, at=at, whole=whole)
+            return stream, over_captured(model, stream, fields, state, step, layers)
+        inside = tuple(name for name in fields if name not in UNSTACKED)
+        wanted = self._each_row(at)
+        index, valid = (None, None) if wanted is None else self.padding.columns(wanted)
+
+        def at_positions(state: Any, layer: Layer) -> tuple[Any, Any]:
+            if index is None or valid is None:
+                return step(state, layer)
+            stream = layer.stream.picked(index, valid, whole=whole, stacked=False)
+            post = select_positions(layer.resid_post, index, valid, 1)
+            return step(state, layer._replace(stream=stream, resid_post=post))
+
+        x_BTD = model.embed(self.tokens, mask=self.mask)
+        stream, walked = model.fold(x_BTD, state, at_positions, mask=self.mask, fields=inside)
+        if index is not None and valid is not None:
+            stream = stream.picked(index, valid)
+        return stream, walked
+
+    def _each_row(self, at: At) -> Int[Array, "B N"] | None:
+        """The positions with a row for each row of tokens."""
+        if at is None:
+            return None
+        wanted = jnp.asarray(at, int)
+        return jnp.broadcast_to(wanted, (self.shape[0], wanted.shape[-1]))
 
 
-def over_layers(
+def source_of(
     model: Transformer,
-    source: Array | ResidualStream,
-    mask: Array | None,
+    tokens: Tokens | ResidualStream | ModelOutput,
+    mask: Mask | None = None,
+    *,
+    check: bool = False,
+    name: str = "tokens",
+    batch: bool = False,
+) -> Source:
+    """The source of a tool, checked before any work.
+
+    Args:
+        model: the transformer.
+        tokens: `[B,T]` token ids, or a captured stream.
+        mask: `[B,T]`, with token ids.
+        check: also check the values of arrays that are on an accelerator.
+        name: what the tool calls `tokens`.
+        batch: whether a stream must have a batch axis.
+
+    Raises:
+        TypeError, ValueError: for tokens or a mask that do not fit the model or one another.
+        NotCapturedError: for a stream without its mask.
+    """
+    stream = stream_of(tokens, mask)
+    if stream is None:
+        tokens, mask = checked_tokens(model.config, tokens, mask, check=check, name=name)
+        return Source(tokens=tokens, mask=mask, captured=None)
+    stream = batch_of(stream) if batch else stream
+    stream.need("mask")
+    return Source(tokens=None, mask=stream.mask, captured=stream)
+
+
+def over_captured(
+    model: Transformer,
+    stream: ResidualStream,
     fields: tuple[str, ...],
     state: Any,
     step: Step,
-) -> Passed:
-    """Hands these fields of each layer to `step(state, layer) -> (state, found)`, first to last.
+    layers: tuple[int, ...] | None = None,
+) -> Walked:
+    """A walk over layers that were captured: no layer is run again."""
+    stream.need("mask", *fields, all_layers=layers is None)
+    inside = tuple(n for n in fields if n not in UNSTACKED and n not in stream.lacks)
 
-    `source` is token ids `[B,T]`, with their mask, or a captured stream `[L,B,T,...]`, which must
-    hold the fields (`embed`, `final` and `norm_final_scale` only where named).
-    """
-    if not isinstance(source, ResidualStream):
-        inside = tuple(name for name in fields if name not in UNSTACKED)
-        x_BTD = model.embed(source, mask=mask)
-        stream, walked = model.fold(x_BTD, state, step, mask=mask, fields=inside)
-        return Passed(stream, *walked)
-    source.need("mask", *fields, all_layers=True, all_positions=True)
-    inside = [n for n in fields if n not in UNSTACKED and n not in source.lacks]
-    told = source.resid_pre is not None and source.final is not None
-    posts = source.resid_post if told else None
-    found = []
-    for i, (blocks, layers) in enumerate(model.stacks()):
-        rows = slice(layers.start, layers.stop)
-        own = {name: _of(source, name, i, rows) for name in inside}
-        own = {name: value for name, value in own.items() if value is not None}
+    def stepping(state: Any, place: Place, x: tuple) -> tuple[Any, Any]:
+        return step(state, captured_layer(stream, place, *x))
 
-        def stepping(state: Any, xs: tuple) -> tuple[Any, Any]:
-            block, index, fields, resid_post = xs
-            stream = ResidualStream(
-                **fields, mask=source.mask, lacks=source.lacks, normed=source.normed
-            )
-            return step(state, Layer(block, index, stream, resid_post))
-
-        post = None if posts is None else posts[rows]
-        xs = (blocks, jnp.arange(layers.start, layers.stop), own, post)
-        state, result = jax.lax.scan(stepping, state, xs)
-        found.append(result)
-    return Passed(source, state, found)
+    xs = (layer_fields(model, stream, inside, layers), layer_ends(stream, layers))
+    return walk(model, stepping, state, xs, layers=layers)
 
 
-def _of(stream: ResidualStream, name: str, i: int, rows: slice) -> Any:
-    """A field of the layers of segment i."""
-    value = getattr(stream, name)
-    if name in SEGMENTED and isinstance(value, tuple):
-        return value[i]
-    return jax.tree.map(lambda x: x[rows], value)
+def captured_layer(
+    stream: ResidualStream, place: Place, fields: dict[str, Any], resid_post: Array | None
+) -> Layer:
+    """One layer of a captured stream, with these of its fields."""
+    fields = {name: value for name, value in fields.items() if value is not None}
+    facts: dict[str, Any] = {n: getattr(stream, n) for n in ("mask", "lacks", "normed")}
+    return Layer(place.block, place.index, ResidualStream(**fields, **facts), resid_post)
+
+
+def layer_fields(
+    model: Transformer,
+    stream: ResidualStream,
+    names: tuple[str, ...],
+    layers: tuple[int, ...] | None,
+) -> dict[str, Any]:
+    """These fields of these layers, as `walk` takes them."""
+    all_layers = range(model.config.n_layers)
+    held = all_layers if stream.layers is None else stream.layers
+    wanted = all_layers if layers is None else layers
+    if not set(wanted) <= set(held):
+        stream.need(all_layers=True)
+
+    def rows_at(value: Any, rows: Any) -> Any:
+        return value if rows is None else jax.tree.map(lambda x: x[rows], value)
+
+    def of_layers(name: str) -> Any:
+        value = getattr(stream, name)
+        if not (name in SEGMENTED and isinstance(value, tuple)):
+            return rows_at(value, rows_of(held, wanted))
+        segments = [own for _, own in model.stacks()]
+        rows = [
+            rows_of([i for i in held if i in own], [i for i in wanted if i in own])
+            for own in segments
+        ]
+        return PerSegment(tuple(map(rows_at, value, rows)))
+
+    return {name: of_layers(name) for name in names if getattr(stream, name) is not None}
+
+
+def layer_ends(
+    stream: ResidualStream, layers: tuple[int, ...] | None
+) -> Float[Array, "L B T D"] | None:
+    """The stream leaving each of these layers; None if the capture cannot tell."""
+    if stream.layers is not None or stream.resid_pre is None or stream.final is None:
+        return None
+    return stream.resid_post if layers is None else stream.resid_post[np.array(layers)]
 
 
 def batch_of(stream: ResidualStream) -> ResidualStream:
@@ -97,9 +252,7 @@ def batch_of(stream: ResidualStream) -> ResidualStream:
     return stream
 
 
-def over_points(
-    run: Callable,
-    read: Callable,
+def point_source(
     model: Transformer,
     tokens: Tokens | ResidualStream | ModelOutput,
     mask: Mask | None,
@@ -107,21 +260,18 @@ def over_points(
     *,
     first: bool,
     least: int = 0,
-    **options: Any,
-) -> Any:
-    """`run(model, tokens, mask)` on token ids, or `read(model, stream)` on a captured stream.
+) -> Source:
+    """The source of a method that goes over stream points, whose fields it must hold.
 
-    Checked before, with ValueError if fewer tokens are kept than the `least` that a method needs.
+    Raises ValueError if fewer tokens are kept than the `least` that the method needs.
     """
-    stream = stream_of(tokens, mask)
-    if stream is not None:
-        stream.need("mask", *point_fields(model.config), all_layers=True)
-        held = kept_tokens(stream, True) if stream.positions is not None else stream.mask
-        _check_enough(held.shape, held, first, least)
-        return read(model, stream, first=bool(first), **options)
-    tokens, mask = checked_tokens(model.config, tokens, mask, check=check)
-    _check_enough(tokens.shape, mask, first, least)
-    return run(model, tokens, mask, first=bool(first), **options)
+    source = source_of(model, tokens, mask, check=check)
+    kept = source.mask
+    if source.captured is not None:
+        source.captured.need(*point_fields(model.config), all_layers=True)
+        kept = kept_tokens(source.captured, True) if source.held is not None else kept
+    _check_enough(source.shape if kept is None else kept.shape, kept, first, least)
+    return source
 
 
 def _check_enough(shape: tuple[int, ...], mask: Array | None, first: bool, least: int) -> None:
@@ -149,3 +299,30 @@ def stream_of(source: Any, mask: Mask | None = None) -> ResidualStream | None:
             got, do = "another one", "leave it out"
             raise ValueError(expected("mask", "the stream's own, or None", got, do))
     return stream
+
+
+# Kept until every method has one entry.
+class Passed(NamedTuple):
+    stream: Any
+    state: Any
+    found: list[Any]
+
+    @property
+    def stacked(self) -> Any:
+        return Walked(self.state, self.found).found
+
+
+def over_layers(model, source, mask, fields, state, step):
+    captured = source if isinstance(source, ResidualStream) else None
+    tokens = None if captured is not None else source
+    mask = mask if captured is None else captured.mask
+    whole = Source(tokens=tokens, mask=mask, captured=captured)
+    stream, walked = whole.over_layers(model, fields, state, step)
+    return Passed(stream, *walked)
+
+
+def over_points(run, read, model, tokens, mask, check, *, first, least=0, **options):
+    source = point_source(model, tokens, mask, check, first=first, least=least)
+    if source.captured is not None:
+        return read(model, source.captured, first=bool(first), **options)
+    return run(model, source.tokens, source.mask, first=bool(first), **options)

@@ -72,9 +72,10 @@ class LayerRun:
     ) -> Float[Array, "B T D"]:
         """The stream after the last layer, from that entering layer `start`; nothing is kept."""
         if isinstance(start, int):
+            rest = range(start, self.model.config.n_layers)
             return walk(
                 self.model, lambda x, place, _: (self.step(x, place, {})[0], None), x_BTD,
-                start=start,
+                layers=rest,
             ).state  # fmt: skip
         return walk_from(self.model, lambda x, place: self.step(x, place, {})[0], x_BTD, start)
 

@@ -5,7 +5,7 @@ layers differ (dense ones, then experts) holds several stacks, its segments. Eve
 over layers goes through `walk`, which takes the segments one after another.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -61,7 +61,13 @@ Step = Callable[[Any, Place, Any], tuple[Any, Any]]
 
 
 def walk(
-    model: Any, step: Step, state: Any, xs: Any = (), *, start: int = 0, reverse: bool = False
+    model: Any,
+    step: Step,
+    state: Any,
+    xs: Any = (),
+    *,
+    layers: Sequence[int] | None = None,
+    reverse: bool = False,
 ) -> Walked:
     """Goes over the layers, first to last: `step(state, place, x) -> (state, found)`.
 
@@ -69,25 +75,40 @@ def walk(
         model: the transformer.
         step: what is done at a layer. It is traced once for each segment.
         state: what the first step gets.
-        xs: a pytree of `[L,...]` arrays or PerSegment; a step gets its layer's entries as `x`.
-        start: the first layer to go over, counted from 0.
+        xs: a pytree of PerSegment, or of arrays with a row for each layer that is gone over. A step
+            gets its layer's row as `x`.
+        layers: the layers to go over, counted from 0, ascending; None for all.
         reverse: whether to go from the last layer to the first.
     """
     by_segment: list[Any] = []
-    numbered = list(enumerate(model.stacks()))
-    for i, (blocks, layers) in reversed(numbered) if reverse else numbered:
+    stretches = _stretches(model, xs, layers)
+    for i, scanned in reversed(stretches) if reverse else stretches:
 
         def stepping(state: Any, scanned: tuple, i: int = i) -> tuple[Any, Any]:
             block, index, x = scanned
             return step(state, Place(block, index, i), x)
 
-        scanned = (blocks, jnp.arange(layers.start, layers.stop), _of_segment(xs, i, layers))
-        if start > layers.start:
-            first = start - layers.start
-            scanned = jax.tree.map(lambda a, first=first: a[first:], scanned)
         state, found = jax.lax.scan(stepping, state, scanned, reverse=reverse)
         by_segment.append(found)
     return Walked(state, by_segment[::-1] if reverse else by_segment)
+
+
+def all_at_once(
+    model: Any,
+    function: Callable[[Place, Any], Any],
+    xs: Any = (),
+    *,
+    layers: Sequence[int] | None = None,
+) -> list[Any]:
+    """For each segment `function(place, x)` of its layers, stacked: a walk without a state.
+
+    All layers are computed together (`vmap`), so weights that the function hands on are not copied.
+    """
+
+    def mapped(i: int, scanned: tuple) -> Any:
+        return jax.vmap(lambda block, index, x: function(Place(block, index, i), x))(*scanned)
+
+    return [mapped(i, scanned) for i, scanned in _stretches(model, xs, layers)]
 
 
 def walk_from(
@@ -134,13 +155,34 @@ def _entry(blocks: Block, row: Int[Array, ""]) -> Block:
     return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, row, keepdims=False), blocks)
 
 
-def _of_segment(xs: Any, i: int, layers: range) -> Any:
-    """The entries of the layers of segment i."""
+def _stretches(model: Any, xs: Any, layers: Sequence[int] | None) -> list[tuple[int, tuple]]:
+    """For each segment its number, and the blocks, numbers and `xs` of its layers gone over."""
+    stretches, begin = [], 0
+    for i, (blocks, own) in enumerate(model.stacks()):
+        wanted = own if layers is None else [layer for layer in layers if layer in own]
+        rows, numbers = rows_of(own, wanted), np.array(wanted, np.int32)
+        blocks = jax.tree.map(lambda w, rows=rows: w if rows is None else w[rows], blocks)
+        end = begin + len(wanted)
 
-    def entries(x: Any) -> Any:
-        if isinstance(x, PerSegment):
-            return x.entries[i]
-        whole = len(layers) == x.shape[0]  # no slice, so that nothing is copied
-        return x if whole else x[layers.start : layers.stop]
+        def entries(x: Any, i: int = i, begin: int = begin, end: int = end) -> Any:
+            if isinstance(x, PerSegment):
+                return x.entries[i]
+            return x if end - begin == x.shape[0] else x[begin:end]
 
-    return jax.tree.map(entries, xs)
+        stretches.append((i, (blocks, jnp.asarray(numbers), jax.tree.map(entries, xs))))
+        begin = end
+    return stretches
+
+
+def rows_of(held: Sequence[int], wanted: Sequence[int]) -> slice | np.ndarray | None:
+    """Where these layers stand among those held; None for all.
+
+    Layers that follow one another are a slice, which copies less than a gather.
+    """
+    if list(wanted) == list(held):
+        return None
+    rows = [list(held).index(layer) for layer in wanted]
+    begin = rows[0] if rows else 0
+    if rows == list(range(begin, begin + len(rows))):
+        return slice(begin, begin + len(rows))
+    return np.array(rows)
