@@ -9,7 +9,7 @@ import jax
 from arrakis_jax.core.axes import Array, Float
 from arrakis_jax.core.errors import expected
 from arrakis_jax.edges.graph import Edge, Graph
-from arrakis_jax.patching.effects import Effects, TopEffects, rows_of, top_of
+from arrakis_jax.patching.effects import Effects, TopEffects, effect_rows, top_of
 from arrakis_jax.results.table import Table
 
 
@@ -19,7 +19,7 @@ def edge_table(effects: Effects, k: int | None, there: Any = None) -> Table:
     `there` says which of the pairs are edges; None for all.
     """
     table = Table({name: [] for name in ("edge", "writer", "reader", "row", "effect")})
-    for which, row, value in rows_of(effects.terms, k, there):
+    for which, row, value in effect_rows(effects.terms, k, there):
         edge = effects.labels[which]
         entries = (str(edge), str(edge.writer), str(edge.reader), row, value)
         for name, entry in zip(table, entries, strict=True):

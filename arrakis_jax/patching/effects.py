@@ -215,7 +215,7 @@ class PatchEffects(Effects):
         """
         columns = ("cell", "site", *self.over, "row", "effect")
         table = Table({name: [] for name in columns})
-        for which, row, value in rows_of(self.terms, k):
+        for which, row, value in effect_rows(self.terms, k):
             cell = self.labels[which]
             where = (getattr(cell, axis) for axis in self.over)
             for name, entry in zip(
@@ -233,7 +233,7 @@ def top_of(terms: Float[Array, "C B"], k: int, there: Any = None) -> TopEffects:
     return TopEffects(jnp.take_along_axis(terms, index, 0), index)
 
 
-def rows_of(
+def effect_rows(
     terms: Float[Array, "C B"], k: int | None, there: Any = None
 ) -> Iterator[tuple[int, int, float]]:
     """Each term's number, its example and its value, example after example; or the k largest."""

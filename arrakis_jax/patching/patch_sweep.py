@@ -1,6 +1,8 @@
 """Exact activation patching of every cell: each layer, position, head or neuron by itself."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -127,10 +129,13 @@ def _patch_sweep(
             source_B = read_target(model, source.final, mask, target)
     effects = {}
     for site, value in values.items():
-        how: dict[str, Any] = {"over": axes_of(site, over), "cell_batch": cell_batch}
-        patched = swept(model, base, value, mask, target, site=site, **how)
+        axes = axes_of(site, over)
+        sweep = _SiteSweep.of(
+            model, base, mask, target, site=site, over=axes, cell_batch=cell_batch
+        )
+        patched = sweep.targets(value, axes)
         change = patched - base_B.reshape(*(1,) * (patched.ndim - 1), -1)
-        effects[site] = at_real(change, base.mask, how["over"])
+        effects[site] = at_real(change, base.mask, axes)
     first, *more = sites
     return PatchEffects(
         effects=effects if more else effects[first],
@@ -150,85 +155,105 @@ def at_real(effects: Float[Array, "... B"], real_BT: Array, over: tuple[str, ...
     return jnp.where(real_BT.T.reshape(*shape, -1), effects, 0)
 
 
-def swept(
-    model: Transformer,
-    base: ResidualStream,
-    value: Array,
-    mask: Array | None,
-    target: Target,
-    *,
-    site: str,
-    over: tuple[str, ...],
-    cell_batch: int,
-) -> Float[Array, "... B"]:
-    """The target with each cell of a site patched: an axis for each entry of `over`, then B.
+@dataclass(frozen=True)
+class _SiteSweep:
+    """The target with each cell of one site patched.
 
-    `value`, put in place, is `[L,...]` (for embed and final without L), or broadcasts to it.
+    Attributes:
+        base: the run that is patched, with its points of the stream (and keys and values, if
+            positions are cells of their own).
+        points_PBTD: these points, the final stream among them.
+        axes: the axes of a layer's cells, and `shape` how many cells it has along each.
     """
-    config = model.config
-    points_PBTD = jnp.concatenate([base.resid_pre, base.final[None]])
-    axes = tuple(axis for axis in over if axis != "layer")
-    counts = {
-        "position": base.mask.shape[1],
-        "head": config.n_kv_heads if site in KV_SITES else config.n_heads,
-        "neuron": config.d_mlp,
-    }
-    shape = tuple(counts[axis] for axis in axes)
 
-    def cells(
-        layer: Array | None, value: Array, first: int, shape: tuple[int, ...]
-    ) -> Float[Array, "N B"]:
-        """The target with each cell of one layer patched, or of all layers at once if None.
+    model: Transformer
+    base: ResidualStream
+    points_PBTD: Float[Array, "P B T D"]
+    mask: Array | None
+    target: Target
+    site: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    cell_batch: int
 
-        The cells have this shape, and their positions start with the column `first`.
+    @classmethod
+    def of(
+        cls,
+        model: Transformer,
+        base: ResidualStream,
+        mask: Array | None,
+        target: Target,
+        *,
+        site: str,
+        over: tuple[str, ...],
+        cell_batch: int,
+    ) -> "_SiteSweep":
+        """The sweep over the cells that a site has along these axes."""
+        config = model.config
+        counts = {
+            "position": base.mask.shape[1],
+            "head": config.n_kv_heads if site in KV_SITES else config.n_heads,
+            "neuron": config.d_mlp,
+        }
+        axes = tuple(axis for axis in over if axis != "layer")
+        shape = tuple(counts[axis] for axis in axes)
+        points_PBTD = jnp.concatenate([base.resid_pre, base.final[None]])
+        return cls(model, base, points_PBTD, mask, target, site, axes, shape, cell_batch)
+
+    def targets(self, value: Array, over: tuple[str, ...]) -> Float[Array, "... B"]:
+        """The target of each cell: an axis for each entry of `over`, then B.
+
+        `value`, put in place, is `[L,...]` (for embed and final without L), or broadcasts to it.
         """
+        if "layer" not in over:
+            return self._steps(None, value)
+        # A map and no vmap over layers: a layer is where the run starts, and that skips blocks.
+        layers = jnp.arange(self.model.config.n_layers)
+        targets = jax.lax.map(lambda xs: self._steps(*xs), (layers, value))
+        return jnp.moveaxis(targets, 0, over.index("layer"))
+
+    def _steps(self, layer: Array | None, value: Array) -> Float[Array, "... B"]:
+        """The cells of one layer (or of all layers at once, if None), in steps of columns."""
+        if "position" not in self.axes:
+            return self._cells(layer, value, 0, self.shape).reshape(*self.shape, -1)
+        at, targets = self.axes.index("position"), []
+        axis = site_axis(self.site, "position") + (layer is None and self.site not in UNSTACKED)
+        for first, last in column_steps(self.shape[at]):
+            later = from_column(value, axis, first)
+            shape = (*self.shape[:at], last - first, *self.shape[at + 1 :])
+            targets.append(self._cells(layer, later, first, shape).reshape(*shape, -1))
+        return jnp.concatenate(targets, at)
+
+    def _cells(
+        self, layer: Array | None, value: Array, first: int, shape: tuple[int, ...]
+    ) -> Float[Array, "N B"]:
+        """Cells of this shape, whose positions start with the column `first`."""
+        base, site = self.base, self.site
         # A patched stream point enters the first block that is run; other sites need an edit.
         enters = site in UNSTACKED or (layer is not None and site in ENTERING)
         start: Any = 0 if layer is None else layer + ENTERING.get(site, 0)
-        start = config.n_layers if site == "final" else start
-        x_BTD = points_PBTD[start][:, first:]
+        start = self.model.config.n_layers if site == "final" else start
+        x_BTD = self.points_PBTD[start][:, first:]
         before = (base.k[:, :, :first], base.v[:, :, :first]) if first else None
+        rest = partial(self.model.blocks_from, start=start, mask=self.mask, before=before)
 
         def patched(cell: Array) -> Float[Array, " B"]:
-            index = dict(zip(axes, jnp.unravel_index(cell, shape), strict=True))
+            index = dict(zip(self.axes, jnp.unravel_index(cell, shape), strict=True))
 
             def edit(name: str, at: Array, x: Array) -> Array:
                 if name != site:
                     return x
                 if layer is None:
                     return put(x, site, index, jax.lax.dynamic_index_in_dim(value, at, 0, False))
-                # The edit is met in all later layers too; it changes the cell's own alone.
+                # Later layers meet the edit too; it changes the cell's own layer alone.
                 return jnp.where(at == layer, put(x, site, index, value), x)
 
-            if enters:
-                patched_BTD = put(x_BTD, site, index, value)
-                final = model.blocks_from(patched_BTD, start, mask=mask, before=before)
-            else:
-                final = model.blocks_from(x_BTD, start, mask=mask, before=before, edits=(edit,))
+            final = rest(put(x_BTD, site, index, value)) if enters else rest(x_BTD, edits=(edit,))
             # Columns before the first cell are the base run's.
             final = jnp.concatenate([base.final[:, :first], final], 1)
-            return read_target(model, final, mask, target)
+            return read_target(self.model, final, self.mask, self.target)
 
-        return in_chunks(patched, prod(shape), cell_batch)
-
-    def steps(layer: Array | None, value: Array) -> Float[Array, "... B"]:
-        """The cells of one layer (or of all at once), in steps of columns."""
-        if "position" not in axes:
-            return cells(layer, value, 0, shape).reshape(*shape, -1)
-        at, effects = axes.index("position"), []
-        stacked = layer is None and site not in UNSTACKED
-        for first, last in column_steps(counts["position"]):
-            later = from_column(value, site_axis(site, "position") + stacked, first)
-            part = (*shape[:at], last - first, *shape[at + 1 :])
-            effects.append(cells(layer, later, first, part).reshape(*part, -1))
-        return jnp.concatenate(effects, at)
-
-    if "layer" not in over:
-        return steps(None, value)
-    # A map and no vmap over layers: a layer is where the run starts, and that skips blocks.
-    layers = jnp.arange(config.n_layers)
-    effects = jax.lax.map(lambda xs: steps(*xs), (layers, value))
-    return jnp.moveaxis(effects, 0, over.index("layer"))
+        return in_chunks(patched, prod(shape), self.cell_batch)
 
 
 def column_steps(n: int) -> list[tuple[int, int]]:
