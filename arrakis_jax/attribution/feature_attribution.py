@@ -124,6 +124,7 @@ def feature_attribution(
         samples=samples, noise=noise, seed=seed, step_batch=step_batch,
     )  # fmt: skip
     keywords = {name: value for name, value in keywords.items() if value is not None}
+    # One implementation: a name with keywords becomes the value that it stands for.
     if isinstance(method, FeatureMethod):
         refuse_beside(method, keywords)
     else:

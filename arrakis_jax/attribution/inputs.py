@@ -44,7 +44,7 @@ class Inputs:
         """The inputs of checked tokens."""
         padding = Padding.of(tokens.shape, mask)
         real = padding.real[..., None]
-        ids = jnp.where(padding.real, tokens, 0)
+        ids = jnp.where(padding.real, tokens, 0)  # ids at padding may be anything
         e_BTD = jnp.where(real, model.embed_tokens(ids), 0)
         added_BTD = jnp.zeros_like(e_BTD)
         if model.w_pos is not None:
@@ -75,6 +75,7 @@ class Inputs:
     def result(self, tokens_BT: Array, target_B: Array, **rest: Any) -> Attribution:
         """The attribution with its token ids and mask; NaN in rows whose target is NaN."""
         real = self.padding.real
+        # A target that is NaN (an id or a position that is not there) must not pass as zeros.
         tokens_BT = jnp.where(jnp.isnan(target_B)[:, None], jnp.nan, tokens_BT)
         tokens_BT = jnp.where(real, tokens_BT, 0)
         return Attribution(tokens=tokens_BT, target=target_B, input_ids=self.ids, mask=real, **rest)
@@ -82,6 +83,7 @@ class Inputs:
 
 def evenly(n: int, most: int) -> int:
     """The size of each of the fewest batches of at most `most` that hold n."""
+    # 9 of at most 8 are 5 and 4, not 8 and 1: the last batch is filled up with little waste.
     return -(-n // -(-n // most))
 
 
@@ -140,6 +142,7 @@ def checked_baseline(
         must = f"of shape {full[2:]}, {full[1:]} or {full}"
         raise ValueError(expected("baseline", must, f"shape {array.shape}", do))
     values = host(array, check)
+    # Values at padding are never read, and may be anything.
     if values is not None and anywhere(~np.isfinite(values).all(-1), tokens, mask):
         raise ValueError(expected("baseline", "finite", "NaN or infinity", "give embeddings"))
     return array.astype(config.acc)

@@ -120,9 +120,11 @@ def _integrated_gradients(
     inputs, acc = Inputs.of(model, tokens, mask, target), model.config.acc
     start = inputs.baseline(baseline)
     way = inputs.e_BTD - start
+    # A map and not a batch of both ends: memory is that of one.
     first, last = jax.lax.map(inputs.value, jnp.stack([start, inputs.e_BTD]))
 
     def share(alpha: Array) -> Float[Array, "B T"]:
+        # Reduced to a number a token at once, so that no step's gradient `[B,T,D]` is kept.
         return jnp.sum(inputs.gradient(start + alpha * way) * way, -1)
 
     def result(shares: Float[Array, "B T"], steps: int | Array) -> Attribution:

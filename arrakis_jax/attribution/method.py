@@ -34,6 +34,7 @@ class FeatureMethod(ABC):
 
 def option_names(method: Any) -> tuple[str, ...]:
     """The options that a method, or its class, has."""
+    # `name` is a class variable, so it is no field.
     return tuple(option.name for option in fields(method))
 
 
@@ -48,7 +49,7 @@ def refuse_beside(method: Any, keywords: dict[str, Any]) -> None:
 
 def check_whole(name: str, value: Any) -> None:
     """Raises ValueError unless an option is a positive int."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)  # True is an int
     if not whole or value < 1:
         must = "a positive int" + (" or None" if name == "steps" else "")
         raise ValueError(expected(name, must, value, "try 64"))
@@ -57,7 +58,7 @@ def check_whole(name: str, value: Any) -> None:
 def check_size(name: str, value: Any) -> None:
     """Raises ValueError unless an option is a number from 0 on, as far as is known."""
     array = value if isinstance(value, jax.Array) else np.asarray(value)
-    known = host(array)
+    known = host(array)  # None while it is traced
     fits = array.shape == () and jnp.issubdtype(array.dtype, jnp.number)
     if not fits or (known is not None and not 0 <= known < np.inf):
         raise ValueError(expected(name, "a number, 0 or more", repr(value), "give one such"))

@@ -85,6 +85,7 @@ def _value_zeroing(
     inputs = Inputs.of(model, tokens, mask, target)
 
     def without(at_T: Bool[Array, " T"]) -> Float[Array, " B"]:
+        # Values and not keys: attention still goes to the token, and finds nothing there.
         def zero(site: str, layer: Any, value: Array) -> Array:
             return jnp.where(at_T[None, :, None, None], 0, value) if site == "v" else value
 

@@ -36,6 +36,7 @@ def target_value(
     edits: Edits = (),
 ) -> tuple[Float[Array, " B"], ResidualStream]:
     """The target of each row from the embedded stream, unembedding only what it reads."""
+    # `final` and not logits: a target unembeds only the positions that it reads.
     fields = tuple(dict.fromkeys((*capture, "final")))
     stream = model.after_embedding(
         x_BTD, mask=mask, capture=Capture(fields), taps=taps, edits=edits
@@ -51,11 +52,9 @@ def tapped_gradients(
     sites: tuple[str, ...],
     capture: tuple[str, ...] = (),
 ) -> tuple[Float[Array, " B"], dict[str, Array], ResidualStream]:
-    """Each row's target, its gradient at these sites, and the captured stream.
+    """Each row's target, its gradient at these sites, and the captured stream."""
 
-    One backward pass: rows do not interact, so the gradient of their sum holds each row's own.
-    """
-
+    # One backward pass: rows do not interact, so the gradient of their sum holds each row's own.
     def total(taps: dict[str, Array]) -> tuple[Array, tuple]:
         value, stream = target_value(model, x_BTD, mask, target, taps=taps, capture=capture)
         return value.sum(), (value, stream)
@@ -68,6 +67,7 @@ def _zeros(
     model: Transformer, x_BTD: Array, mask: Array | None, sites: tuple[str, ...]
 ) -> dict[str, Array]:
     """Taps of zeros at these sites, shaped as the forward records them."""
+    # Shapes come from an abstract forward, since those of mlp_act differ between segments.
     forward: Callable = model.after_embedding
     shapes = jax.eval_shape(lambda x: forward(x, mask=mask, capture=sites).residuals, x_BTD)
     acc = model.config.acc
@@ -129,6 +129,7 @@ def residual_gradients(
         model, tokens, targets, mask, against=against, position=position, name="targets"
     )
     wanted = as_capture(capture)
+    # Scales have no gradient of their own, and a choice of experts has none.
     names = tuple(n for n in wanted.fields if n not in (*SCALES, "logits", "routing"))
     layers = checked_layers(wanted.layers, model.config.n_layers)
     positions = checked_positions(wanted.positions, tokens.shape, mask)
@@ -167,6 +168,7 @@ def _residual_gradients(
     chosen: dict[str, Any] = {name: every[name] for name in sites}
     if layers is not None:
         chosen = {n: _of_layers(model, x, layers, n) for n, x in chosen.items()}
+    # Layers and positions are chosen afterwards: the backward pass goes through all of them anyway.
     result = ResidualStream(
         **chosen, tokens=tokens, mask=stream.mask, layers=layers, lacks=lacks,
         normed=config.norms_stream,

@@ -79,6 +79,7 @@ class Attribution(Record):
         checked_count("k", k, self.tokens.shape[-1])
         # -1 at padding, so that a real token whose share is zero comes before it.
         size = jnp.where(self.mask, jnp.abs(self.tokens), -1)
+        # Results have the k entries first and examples last; top_k sorts the last axis.
         index = jnp.moveaxis(jax.lax.top_k(size, k)[1], -1, 0)
         return TopShares(jnp.take_along_axis(self.tokens, index.T, -1).T, index)
 

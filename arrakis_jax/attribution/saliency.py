@@ -105,6 +105,7 @@ def _at_input(
     """Saliency and gradient times input, at the embeddings and at every layer."""
     inputs = Inputs.of(model, tokens, mask, target)
     x_BTD = inputs.e_BTD + inputs.added_BTD
+    # The tap at "embed" is behind the learned positions: the gradient is that of the embedding.
     value, gradients, stream = tapped_gradients(
         model, x_BTD, mask, target, ("embed", "resid_pre", "final"), ("resid_pre",)
     )
@@ -144,6 +145,7 @@ def _smooth_grad(
         noise_BTD = jnp.where(inputs.padding.real[..., None], noise_TD[inputs.padding.rank], 0)
         return inputs.gradient(inputs.e_BTD + sigma * noise_BTD)
 
+    # Averaged before the norm, which would not let noise cancel.
     at_once = evenly(samples, step_batch)
     weights = jnp.full(samples, 1 / samples, acc)
     mean_BTD = weighted_sum(gradient, jnp.arange(samples), weights, samples, at_once)

@@ -126,6 +126,7 @@ def _run_circuits(
         read = contract("W,WBTD->BTD", circuit_RW[-1], changes_WBTD)
         return read_target(model, other.final + read, mask, target)
 
+    # One circuit at a time: each holds what all writers change, `[W,B,T,D]`.
     return jax.lax.map(of_circuit, circuits), clean_B, corrupt_B
 
 

@@ -31,7 +31,7 @@ class EAP:
     """
 
     along: ClassVar[str] = "inputs"
-    step_batch: ClassVar[None] = None
+    step_batch: ClassVar[None] = None  # the one step is one batch
 
     def __str__(self) -> str:
         return "EAP"
@@ -158,6 +158,7 @@ def _checked_method(method: Any, **options: Any) -> EAP | EAPIG:
     """
     defaults = {"steps": None, "along": "inputs", "rule": "right", "step_batch": None}
     keywords = {name: x for name, x in options.items() if x is not None and x != defaults[name]}
+    # Keywords at their defaults cannot be told from those left out.
     if isinstance(method, EAP | EAPIG):
         refuse_beside(method, keywords)
         return method
@@ -190,6 +191,7 @@ def _edge_attribution(
     way = Way.of(model, pair, target)
     # An end of the way that is one of the steps needs no run of its own.
     among = {int(a): i for i, a in enumerate(node_N) if a in (0, 1)} if at_once else {}
+    # In one batch, the ends may be among the steps; the changes come in after this forward.
     run = way.run(node_N, weight_N, tuple(among.values())) if at_once else None
     ends = [way.end(i) if run is None or i not in among else run.end(among[i]) for i in range(2)]
     (base_B, base), (source_B, source) = ends
@@ -221,11 +223,12 @@ def _over_steps(
                 for node in graph.writers
             ]
         )
-    groups = np.unique(group_W)
+    groups = np.unique(group_W)  # along inputs, one group of all writers
 
     def add(total_RWB: Array, xs: tuple) -> tuple[Array, None]:
         group, node_N, weight_N = xs
         effects_RWB = way.run(node_N, weight_N, group=group).effects(changes_WBTD)
+        # Each pass over a group's steps is for the effects of its own writers alone.
         in_group_W = jnp.asarray(group_W) == group
         return total_RWB + jnp.where(in_group_W[None, :, None], effects_RWB, 0), None
 

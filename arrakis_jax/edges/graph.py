@@ -176,6 +176,7 @@ def head_changes(
     config, norm = block.config, block.norm_attn_out
     w_o = block.attn.w_o[...]
     change_HBTD = contract("BTHK,HKD->HBTD", source_BTHK - z_BTHK, w_o)
+    # A norm of the output sees all heads together: one head's change moves its scale for all.
     if norm is not None:
         out_BTD = contract("BTHK,HKD->BTD", z_BTHK, w_o)
         if block.attn.b_o is not None:

@@ -215,10 +215,12 @@ def _path_patching(model: Transformer, pair: Pair, target: Target, ends: _Ends) 
     base = model(pair.base, mask=mask, capture=(*WRITTEN, "resid_pre", "final")).residuals
     source = model(pair.source, mask=mask, capture=(*WRITTEN, "final")).residuals
     base_B, source_B = (read_target(model, x.final, mask, target) for x in (base, source))
+    # The stream entering each layer, and the final one: where a patched run starts.
     points_PBTD = jnp.concatenate([base.resid_pre, base.final[None]])
     changes = _changes(model, base, source)
 
     def patched(at: _Ends) -> Float[Array, " B"]:
+        # The writer's kind is traced, so that all lists of N edges share one program.
         change_BTD = jax.lax.switch(at.written, changes, at.writer, at.head)
         x_BTD = points_PBTD[at.reader]
         # The final norm reads the point after the last block; inside of blocks an edit reads.

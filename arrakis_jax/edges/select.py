@@ -29,6 +29,7 @@ def top_edges(scores: Any, n: int, graph: Graph, *, by: str = "absolute") -> np.
     """
     scores_RW = _checked(scores, n, graph, by)
     chosen = np.zeros(scores_RW.size, bool)
+    # A stable sort of negated scores: the first of equal ones stays first.
     chosen[np.argsort(-scores_RW.reshape(-1), kind="stable")[:n]] = True
     return chosen.reshape(scores_RW.shape)
 
@@ -65,6 +66,7 @@ def greedy_edges(scores: Any, n: int, graph: Graph, *, by: str = "absolute") -> 
 
     readers_of = _readers_of(graph)
     connect(graph.n_readers - 1)
+    # n is at most the number of edges, and the final norm reaches them all: never empty.
     for _ in range(n):
         _, reader, writer = heapq.heappop(candidates)
         chosen[reader, writer] = True

@@ -127,6 +127,7 @@ class Way:
         acc = self.model.config.acc
         node_N, weight_N = (jnp.asarray(x, acc) for x in (node_N, weight_N))
         steps = _Steps.of(self, node_N, weight_N, captured, group)
+        # A dummy of the changes' shape; the real ones come in as its cotangent.
         changes_WBTD = jnp.zeros((self.graph.n_writers, *self.embed[0].shape), acc)
         (total, _), pull, (value_NB, records) = jax.vjp(
             steps.forward, self._gates(), changes_WBTD, has_aux=True
@@ -202,6 +203,7 @@ class _Steps:
     ) -> "_Steps":
         """The steps at these nodes; along activations the embedding is a group of its own."""
         config, (base_BTD, source_BTD) = way.model.config, way.embed
+        # Along inputs the group is always 0, the embedding.
         at = node_N[:, None, None, None] * (group == 0)
         x_NBTD = ((1 - at) * base_BTD[None] + at * source_BTD[None]).astype(config.stream)
         mask = None if way.mask is None else jnp.tile(way.mask, (len(node_N), 1))
@@ -223,6 +225,7 @@ class _Steps:
         )
         x, changes = walked.state
         x, changes = _read(x, gates["final"], changes)
+        # The target is checked for B rows, so the steps are an axis of their own again.
         value_NB = jax.vmap(lambda x_BTD: read_target(way.model, x_BTD, way.mask, way.target))(
             x.reshape(self.x_NBTD.shape)
         )

@@ -114,6 +114,7 @@ def _of_row(found_C: Array, exact_C: Array, least: Array, *, share: float) -> di
         "top_overlap": part(guessed < k, largest),
         "false_negatives": part(guessed >= jnp.maximum(jnp.ceil(0.1 * n), k), largest),
     }
+    # One NaN makes every measure of its example NaN; a comparison alone would hide it.
     broken = jnp.any(kept_C & jnp.isnan(found_C + exact_C))
     return {name: jnp.where(broken, jnp.nan, x) for name, x in measures.items()} | {"n": n}
 

@@ -44,6 +44,7 @@ def randomised_weights(
     """
     chosen = checked_layers(layers, model.config.n_layers)
     n_layers = model.config.n_layers
+    # An array and no static choice: one program serves every set of layers.
     which = jnp.ones(n_layers, bool)
     if chosen is not None:
         which = jnp.zeros(n_layers, bool).at[jnp.array(chosen, int)].set(True)

@@ -179,6 +179,7 @@ def _token_faithfulness(
 ) -> TokenFaithfulness:
     inputs = Inputs.of(model, tokens, mask, target)
     padding, width = inputs.padding, tokens.shape[1]
+    # The tokens that may be taken away.
     free_BT = padding.real if first else padding.real & (padding.rank > 0)
     n_B = free_BT.sum(-1)
     b_BTD = inputs.baseline(baseline)
@@ -197,6 +198,7 @@ def _token_faithfulness(
         gone_BT = free_BT & (rank_BT < k)
         return inputs.value(jnp.where(gone_BT[..., None], b_BTD, inputs.e_BTD))
 
+    # Every order with every k, in one list, so that `step_batch` batches across both.
     n_orders, ks = len(rank_NBT), jnp.arange(width + 1)
     every = jnp.repeat(rank_NBT, width + 1, 0), jnp.tile(ks, n_orders)
     value = jax.lax.map(without, every, batch_size=step_batch)

@@ -13,12 +13,19 @@ from arrakis_jax.core.axes import Array, Float
 from arrakis_jax.core.checks import Mask, Tokens, checked_choice, checked_count
 from arrakis_jax.core.errors import expected
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.targets import Target, checked_target, read_target
+from arrakis_jax.forward.targets import Target, checked_target
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.patching.effects import PatchEffects, axes_of, checked_over
 from arrakis_jax.patching.gates import Gate, arranged, closed, openings_of, with_openings
 from arrakis_jax.patching.grad_drop import dropped_effects
-from arrakis_jax.patching.pairs import Pair, checked_pair, checked_sites, fields_of, values_at
+from arrakis_jax.patching.pairs import (
+    Pair,
+    checked_pair,
+    checked_sites,
+    fields_of,
+    source_values,
+    values_at,
+)
 from arrakis_jax.patching.qk_fix import QKV_FIELDS, qk_effects
 from arrakis_jax.results.record import ABSENT
 from arrakis_jax.stream.fields import UNSTACKED, lacking
@@ -233,11 +240,12 @@ def _attribution_patching(
     patch: str,
 ) -> PatchEffects:
     mask = pair.mask
-    values, source_B = _source(model, pair, target, sites, patch)
+    values, source_B = source_values(model, pair, target, sites, patch)
     x_BTD = model.embed(pair.base, mask=mask)
     star = isinstance(method, AtPStar)
     fixed = {site: values[site] for site in sites if star and site in SOFTMAX_SITES}
     gated = {site: value for site, value in values.items() if site not in fixed}
+    # Queries and keys under atp_star need no gate: their effects come from the gradient at z.
     gates = closed(model, x_BTD, gated, over)
     screening = None
     if isinstance(method, AtPStar) and method.grad_drop:
@@ -268,23 +276,6 @@ def _attribution_patching(
     )
 
 
-def _source(
-    model: Transformer, pair: Pair, target: Target, sites: tuple[str, ...], patch: str
-) -> tuple[dict[str, Array], Array]:
-    """What is put in place at each site, and the target of the source run if that is resampled."""
-    if patch == "zero":
-        n_layers, acc = model.config.n_layers, model.config.acc
-        shapes = {site: () if site in UNSTACKED else (n_layers,) for site in sites}
-        return {site: jnp.zeros(shape, acc) for site, shape in shapes.items()}, ABSENT
-    assert pair.source is not None  # as checked
-    fields = tuple(dict.fromkeys((*fields_of(sites), "final")))
-    stream = model(pair.source, mask=pair.mask, capture=fields).residuals
-    values = values_at(stream, sites, patch)
-    if patch == "mean":
-        return values, ABSENT
-    return values, read_target(model, stream.final, pair.mask, target)
-
-
 def _slopes(
     model: Transformer,
     x_BTD: Float[Array, "B T D"],
@@ -293,9 +284,9 @@ def _slopes(
     gates: dict[str, Gate],
     read: bool,
 ) -> tuple[Array, dict[str, Array], Any, ResidualStream]:
-    """Each row's target, its slope at every gate, and with `read` its gradient at z.
+    """Each row's target, its slope at every gate, and the stream.
 
-    And the stream, with what attention reads.
+    With `read` also its gradient at z (else None), and the stream holds what attention reads.
     """
     config = model.config
     z = None
@@ -303,6 +294,7 @@ def _slopes(
         shape = (config.n_layers, *x_BTD.shape[:2], config.n_heads, config.d_head)
         z = jnp.zeros(shape, config.acc)
 
+    # Derivatives with respect to closed gates: each is already the effect of a cell.
     def total(openings: dict[str, Array], z: Array | None) -> tuple[Array, tuple]:
         taps = with_openings(gates, openings, z)
         value_B, stream = target_value(
@@ -332,7 +324,7 @@ def _along_line(
     gates = {
         site: replace(
             gate,
-            source=gate.source - base_values[site],
+            source=gate.source - base_values[site],  # the change itself, and nothing subtracted
             base=jnp.zeros(() if site in UNSTACKED else model.config.n_layers, model.config.acc),
         )
         for site, gate in gates.items()
@@ -343,6 +335,7 @@ def _along_line(
         slopes = _slopes(model, x_BTD, mask, target, gates, False)[1]
         return jax.tree.map(jnp.add, total, slopes), None
 
+    # The middles of equal pieces. Openings are zeros, so the sum can start with them.
     along = (jnp.arange(steps, dtype=base.dtype) + 0.5) / steps
     total, _ = jax.lax.scan(step, openings_of(gates), along)
     return base_B, {site: x / steps for site, x in total.items()}

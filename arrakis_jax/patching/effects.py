@@ -78,6 +78,7 @@ class Cells(Sequence):
             return tuple(self[j] for j in range(*i.indices(len(self))))
         if not -len(self) <= i < len(self):
             raise IndexError(expected("i", f"in [{-len(self)}, {len(self)})", i, "see len()"))
+        # Sites have different shapes, so their cells are counted off one site after another.
         i = int(i) % len(self)
         for site, shape in self.shapes:
             if i < prod(shape):
@@ -228,6 +229,7 @@ class PatchEffects(Effects):
 def top_of(terms: Float[Array, "C B"], k: int, there: Any = None) -> TopEffects:
     """The k terms of largest absolute value, for each example; only among those that are there."""
     checked_count("k", k, terms.shape[0] if there is None else int(there.sum()))
+    # -1 for a term that is not there, so that even a zero comes before it.
     size = jnp.abs(terms) if there is None else jnp.where(there[:, None], jnp.abs(terms), -1)
     index = jax.lax.top_k(size.T, k)[1].T
     return TopEffects(jnp.take_along_axis(terms, index, 0), index)
@@ -237,7 +239,7 @@ def effect_rows(
     terms: Float[Array, "C B"], k: int | None, there: Any = None
 ) -> Iterator[tuple[int, int, float]]:
     """Each term's number, its example and its value, example after example; or the k largest."""
-    values = np.asarray(terms)
+    values = np.asarray(terms)  # once: an array's own indexing dispatches for each entry
     index = None if k is None else np.asarray(top_of(terms, k, there).index)
     every = range(values.shape[0]) if there is None else np.flatnonzero(there)
     for row in range(values.shape[1]):

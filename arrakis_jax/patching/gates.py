@@ -40,6 +40,7 @@ class Gate:
 
     def __call__(self, value: Array) -> Array:
         """The value, moved toward the source."""
+        # The difference is taken in float32 or wider, and rounded only when it is added.
         acc = self.opening.dtype
         value = value if self.added is None else value + self.added.astype(value.dtype)
         base = value if self.base is None else self.base
@@ -81,7 +82,7 @@ def together(site: str, effects: Array, over: tuple[str, ...]) -> Array:
 
 def arranged(site: str, effects: Array, over: tuple[str, ...]) -> Float[Array, "... B"]:
     """The effects `[L,B,...]` with an axis for each entry of `over` that the site has, then B."""
-    stacked = int(site not in UNSTACKED)
+    stacked = int(site not in UNSTACKED)  # where B is, behind L
     wanted = [
         0 if axis == "layer" else stacked + site_axis(site, axis) for axis in axes_of(site, over)
     ]

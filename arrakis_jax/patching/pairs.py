@@ -10,7 +10,9 @@ from arrakis_jax.core.axes import Array
 from arrakis_jax.core.checks import checked_choice, checked_tokens
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
+from arrakis_jax.forward.targets import Target, read_target
 from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.results.record import ABSENT
 from arrakis_jax.stream.fields import UNSTACKED, lacking
 from arrakis_jax.stream.residuals import ResidualStream
 
@@ -53,7 +55,7 @@ def checked_pair(
         raise TypeError(expected("corrupt", "token ids `[B,T]`", "None", do))
     try:
         shape = np.shape(corrupt)
-    except ValueError:  # ragged: as any tokens are
+    except ValueError:  # ragged rows: checked_tokens below says so
         shape = clean.shape
     if len(shape) == 2 and shape != clean.shape:
         do = "make pairs of equal length, token for token"
@@ -115,6 +117,26 @@ def values_at(
     if patch == "resample":
         return values
     return {site: _mean(stream, site, value) for site, value in values.items()}
+
+
+def source_values(
+    model: Transformer, pair: Pair, target: Target, sites: tuple[str, ...], patch: str
+) -> tuple[dict[str, Array], Array]:
+    """What is put in place at each site, and the source run's target if its values are.
+
+    Values are `[L,...]` (for embed and final without L), or broadcast to it.
+    """
+    if patch == "zero":
+        n_layers, acc = model.config.n_layers, model.config.acc
+        shapes = {site: () if site in UNSTACKED else (n_layers,) for site in sites}
+        return {site: jnp.zeros(shape, acc) for site, shape in shapes.items()}, ABSENT
+    assert pair.source is not None  # as checked
+    fields = tuple(dict.fromkeys((*fields_of(sites), "final")))
+    stream = model(pair.source, mask=pair.mask, capture=fields).residuals
+    values = values_at(stream, sites, patch)
+    if patch == "mean":
+        return values, ABSENT  # a mean over rows is no run, and has no target
+    return values, read_target(model, stream.final, pair.mask, target)
 
 
 def _mean(stream: ResidualStream, site: str, value: Array) -> Array:

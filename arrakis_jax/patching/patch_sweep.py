@@ -15,8 +15,7 @@ from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.targets import Target, checked_target, read_target
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.patching.effects import PatchEffects, axes_of, checked_over
-from arrakis_jax.patching.pairs import Pair, checked_pair, checked_sites, fields_of, values_at
-from arrakis_jax.results.record import ABSENT
+from arrakis_jax.patching.pairs import Pair, checked_pair, checked_sites, source_values
 from arrakis_jax.stream.edits import KV_SITES
 from arrakis_jax.stream.fields import UNSTACKED
 from arrakis_jax.stream.residuals import ResidualStream
@@ -114,19 +113,11 @@ def _patch_sweep(
     cell_batch: int,
 ) -> PatchEffects:
     mask = pair.mask
+    # Keys and values of earlier columns are reused where positions are cells of their own.
     fields = ("resid_pre", "final", *(("k", "v") if "position" in over else ()))
     base = model(pair.base, mask=mask, capture=fields).residuals
-    base_B, source_B = read_target(model, base.final, mask, target), ABSENT
-    if patch == "zero":
-        n_layers = model.config.n_layers
-        values = {site: jnp.zeros(() if site in UNSTACKED else n_layers) for site in sites}
-    else:
-        assert pair.source is not None  # as checked
-        fields = tuple(dict.fromkeys((*fields_of(sites), "final")))
-        source = model(pair.source, mask=mask, capture=fields).residuals
-        values = values_at(source, sites, patch)
-        if patch == "resample":
-            source_B = read_target(model, source.final, mask, target)
+    base_B = read_target(model, base.final, mask, target)
+    values, source_B = source_values(model, pair, target, sites, patch)
     effects = {}
     for site, value in values.items():
         axes = axes_of(site, over)
@@ -151,6 +142,7 @@ def at_real(effects: Float[Array, "... B"], real_BT: Array, over: tuple[str, ...
     """Effects with these axes and B, zero at padding."""
     if "position" not in over:
         return effects
+    # The mask as [T,B] among the effects' axes, wherever "position" is.
     shape = [real_BT.shape[1] if axis == "position" else 1 for axis in over]
     return jnp.where(real_BT.T.reshape(*shape, -1), effects, 0)
 
@@ -271,6 +263,7 @@ def from_column(value: Array, axis: int, first: int) -> Array:
 
 def put(x: Array, site: str, index: dict[str, Array], value: Array) -> Array:
     """A site's value with another in place at these indices of its axes."""
+    # A comparison of indices and no scatter: it serves any mix of axes, and vmaps over cells.
     chosen: Any = True
     for axis, i in index.items():
         at = site_axis(site, axis)
