@@ -66,9 +66,8 @@ def feature_attribution(
         input_ids: `[B,T]` token ids.
         target_ids: the token whose logit is attributed, an int or `[B]`; or any target, such as
             `LogProb(3)`, or a function of logits.
-        method: one of the above; or `Saliency`, `GradTimesInput`, `SmoothGrad`,
-            `IntegratedGradients`, `Occlusion` or `ValueZeroing` with its options, and then no
-            option is given besides.
+        method: one of the above; or a `Saliency`, `GradTimesInput`, `SmoothGrad`,
+            `IntegratedGradients`, `Occlusion` or `ValueZeroing`, which holds all options itself.
         against: a token whose logit is subtracted, or None.
         position: where the logit is read, counted in real tokens: an int or `[B]`.
         mask: `[B,T]`.
@@ -87,8 +86,8 @@ def feature_attribution(
             Reverse-mode differentiation of the result needs an int.
         tolerance: of integrated_gradients without `steps`: the largest gap, 1e-3 by default.
         samples: of smooth_grad, how many gradients are averaged (50 by default).
-        noise: of smooth_grad, the noise's standard deviation as a fraction of that of the
-            embedding table (0.15 by default).
+        noise: of smooth_grad, the noise's standard deviation, as a fraction of the embedding
+            table's (0.15 by default).
         seed: of smooth_grad (0 by default). Noise depends on it, the sample and the token's
             position counted in real tokens, and is the same in every row.
         step_batch: how many steps, samples or positions are run at once at most (1 by default).
@@ -117,7 +116,7 @@ def feature_attribution(
     Reference:
         Simonyan et al. 2014 (saliency); Smilkov et al. 2017 (SmoothGrad); Sundararajan et al. 2017
         (integrated gradients); Zeiler & Fergus 2014 (occlusion); Mohebbi et al. 2023, who zero
-        values, and measure what that changes in representations rather than in a target.
+        values and measure the change of representations; here it is the change of a target.
     """
     keywords = dict(
         norm=norm, baseline=baseline, rule=rule, steps=steps, tolerance=tolerance,

@@ -67,7 +67,7 @@ def _zeros(
     model: Transformer, x_BTD: Array, mask: Array | None, sites: tuple[str, ...]
 ) -> dict[str, Array]:
     """Taps of zeros at these sites, shaped as the forward records them."""
-    # Shapes come from an abstract forward, since those of mlp_act differ between segments.
+    # Shapes come from an abstract forward: mlp_act has other shapes in other segments.
     forward: Callable = model.after_embedding
     shapes = jax.eval_shape(lambda x: forward(x, mask=mask, capture=sites).residuals, x_BTD)
     acc = model.config.acc
@@ -89,10 +89,10 @@ def residual_gradients(
     """The gradient of a target at every site, in one backward pass.
 
     Where attention and MLP write straight to the stream, `attn_out` has the gradient of
-    `resid_mid`, and `mlp_out` that of the next `resid_pre` (or `final`). In parallel blocks both
-    have the gradient of the next `resid_pre`. A head's written vector (after norms of the output
-    and multipliers) has the gradient of `attn_out`. The choice of experts is held fixed, their
-    weights are not.
+    `resid_mid`, and `mlp_out` has the gradient of the next `resid_pre` (or `final`). In parallel
+    blocks both have the gradient of the next `resid_pre`. A head's written vector (after norms of
+    the output and multipliers) has the gradient of `attn_out`. The choice of experts is held fixed,
+    their weights are not.
 
     Args:
         model: the transformer.
@@ -154,7 +154,7 @@ def _residual_gradients(
     sites = tuple(s for s in sites if s not in lacks)
     inside = tuple(s for s in sites if s in INTERNAL)
     x_BTD = model.embed(tokens, mask=mask)
-    # Where writes are simply added, the stream's own gradients are those of the writes.
+    # A write that is simply added has the stream's gradient behind it, and needs no tap.
     writes = ("attn_out", "mlp_out") if config.norms_stream else ()
     taps = tuple(s for s in ("resid_pre", "resid_mid", "final", *writes, *inside) if s not in lacks)
     _, gradients, stream = tapped_gradients(model, x_BTD, mask, target, taps)

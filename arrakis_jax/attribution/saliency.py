@@ -69,7 +69,7 @@ class SmoothGrad(FeatureMethod):
     Attributes:
         norm: "l2", "l1", or "signed", the gradient's product with the embedding.
         samples: how many gradients are averaged.
-        noise: the noise's standard deviation as a fraction of that of the embedding table.
+        noise: the noise's standard deviation, as a fraction of the embedding table's.
         seed: of the noise.
         step_batch: how many samples are run at once at most.
     """
@@ -105,7 +105,7 @@ def _at_input(
     """Saliency and gradient times input, at the embeddings and at every layer."""
     inputs = Inputs.of(model, tokens, mask, target)
     x_BTD = inputs.e_BTD + inputs.added_BTD
-    # The tap at "embed" is behind the learned positions: the gradient is that of the embedding.
+    # Learned positions are added to the embedding, so a tap behind them has its gradient.
     value, gradients, stream = tapped_gradients(
         model, x_BTD, mask, target, ("embed", "resid_pre", "final"), ("resid_pre",)
     )

@@ -109,8 +109,8 @@ def edge_attribution(
         corrupt: `[B,T]`, the other prompt of each pair, token for token.
         target: what is explained, such as `Logit(3, against=4)`; positions, ids and continuations
             are of the base run.
-        method: `EAP()`, or `EAPIG(steps=5)` with its options, which then are not given besides;
-            None for what `steps` says.
+        method: `EAP()`, or an `EAPIG(steps=5)`, which holds all options itself; None to choose by
+            `steps`.
         base: the run that is patched, "clean" (with the corrupt run's writes) or "corrupt".
         steps: m, how many gradients EAP-IG takes the mean of; None for EAP.
         along: "inputs": the embedding is moved from the base to the source run, and all else

@@ -150,7 +150,7 @@ class Graph:
 def writer_changes(
     model: Transformer, base: ResidualStream, source: ResidualStream, *, linear: bool
 ) -> Float[Array, "W B T D"]:
-    """What each writer adds to the stream if its output becomes that of the source run.
+    """What each writer changes in the stream if its output becomes the source run's.
 
     A head's output is z. Where attention writes through a norm, a head's change is what leaves the
     norm if that head alone changes, or with `linear` its first order. The streams hold `WRITTEN`.

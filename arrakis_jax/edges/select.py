@@ -18,7 +18,7 @@ def top_edges(scores: Any, n: int, graph: Graph, *, by: str = "absolute") -> np.
     Of equal scores the first by reader, then by writer.
 
     Args:
-        scores: `[R,W]`, a score for each reader and writer; those of no edge are not read.
+        scores: `[R,W]`, a score for each reader and writer; read where there is an edge.
         n: how many.
         graph: the model's, such as `EdgeEffects.graph` or `Graph.of(config)`.
         by: the order: "absolute" values, or "signed", the scores themselves.
@@ -41,7 +41,7 @@ def greedy_edges(scores: Any, n: int, graph: Graph, *, by: str = "absolute") -> 
     edge also connects the readers of its writer (a key/value head with any of its query heads).
 
     Args:
-        scores: `[R,W]`, a score for each reader and writer; those of no edge are not read.
+        scores: `[R,W]`, a score for each reader and writer; read where there is an edge.
         n: how many.
         graph: the model's.
         by: the order: "absolute" values, or "signed", the scores themselves.

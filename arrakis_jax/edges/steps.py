@@ -58,7 +58,7 @@ _read.defvjp(_read_forwards, _read_backwards)
 
 
 def _products_with_weights(primitive: Any, *_: Any, **params: Any) -> bool:
-    """What is kept for the backward pass: products with weights, not those of attention (T x T).
+    """What is kept for the backward pass: products with weights, not attention's (T x T).
 
     A head's product with its own input is batched over heads, attention's over examples too.
     """
@@ -143,7 +143,7 @@ class Way:
         return StepsRun(value_NB, streams, effects)
 
     def changes_of_outputs(self) -> dict[str, Array]:
-        """What moves along activations: the outputs of the source minus those of the base run."""
+        """What moves along activations: each output of the source minus the base run."""
         if self.moved is None:
             return {}
         base, source = self.moved

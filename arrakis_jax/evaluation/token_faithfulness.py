@@ -55,7 +55,7 @@ class Curves(Record):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, repr=False)
 class TokenFaithfulness(Record):
-    """The curves of an attribution's order of tokens, and those of control orders.
+    """The curves of an attribution's order of tokens, and of control orders.
 
     Attributes:
         found: the attribution's, the largest first.
@@ -104,8 +104,8 @@ def token_faithfulness(
     Args:
         model: the transformer.
         tokens: `[B,T]` token ids.
-        scores: `[B,T]`, what orders the tokens, the largest first: those of
-            `feature_attribution(...).tokens`, say. They should be signed: more of it, more target.
+        scores: `[B,T]`, by which the tokens are ordered, the largest first; for example
+            `feature_attribution(...).tokens`. They should be signed: more of it, more target.
         target: a target, or token ids whose logit it is.
         mask: `[B,T]`.
         baseline: as in `feature_attribution`: "mean" (None), "zero", a token id, `[B,T]` ids of a

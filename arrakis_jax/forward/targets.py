@@ -362,7 +362,7 @@ def read_target(
     padding = Padding.of(x_BTD.shape[:2], mask)
     if isinstance(target, Custom) and target.position is None:
         return target.value(model, _normed(model, x_BTD, padding.real), padding.real)
-    # Select positions before the norm and the unembedding, which then cost N positions, not T.
+    # Positions are selected first: the norm and the unembedding then cost N of them, not T.
     index_BN, real_BN = padding.columns(target.positions(x_BTD.shape[1]))
     x_BND = jnp.take_along_axis(x_BTD, index_BN[..., None], 1)
     x_BND = jnp.where(real_BN[..., None], x_BND, 0)

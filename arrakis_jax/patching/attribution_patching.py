@@ -121,10 +121,10 @@ def attribution_patching(
             q, k, v, pattern, z, mlp_act. None for resid_pre, attn_out, mlp_out and z, with
             "atp_star" q, k and v too.
         over: some of "layer", "position" (columns of the tokens; queries of a pattern), "head"
-            (key/value head at "k" and "v") and "neuron". Of several sites, each has those that it
-            can have. None for layer, position and head, where a site has them.
-        method: "atp" or "atp_star"; or `AtP` or `AtPStar` with its option, which then is not given
-            besides.
+            (key/value head at "k" and "v") and "neuron". Each of several sites has the axes that
+            it can have. None for layer, position and head, where a site has them.
+        method: "atp" or "atp_star"; or `AtP(steps=...)` or `AtPStar(grad_drop=...)`, which hold
+            their option themselves.
         base: the run that is patched, "clean" (noising) or "corrupt" (denoising). The other one
             is the source.
         patch: what is put in place: "resample" (the source's activation), "mean" (of the source
@@ -138,11 +138,10 @@ def attribution_patching(
 
     Returns:
         PatchEffects, whose effects have an axis for each entry of `over`, then B, in units of the
-        target; zero at padding. With several sites a dict by site. `screening` is
-        `sum_l |effect with the attention and MLP outputs of layer l held fixed| / (L - 1)`, of
-        each cell (absolute after the sum along axes not in `over`; at "embed" and "final", which
-        are in no layer, all L count): for finding nodes, since its size and lack of sign are no
-        effect's.
+        target; zero at padding. With several sites a dict by site. `screening` of each cell is
+        `sum_l |effect with the attention and MLP outputs of layer l held fixed| / (L - 1)`
+        (absolute after the sum along axes not in `over`; "embed" and "final" are in no layer, so
+        all L count). It helps to find nodes, and is no estimate of an effect.
 
     Raises:
         TypeError, ValueError, IndexError: for tokens, a target, sites, axes or options that do not

@@ -1,6 +1,6 @@
 """GradDrop: effects with one layer's writes held fixed, for each layer, in one backward sweep.
 
-_BySite of a node through different layers may cancel. Holding each layer in turn lets the rest be
+Effects of a node through different layers may cancel. Holding each layer in turn lets the rest be
 seen. There are L such runs, and the base run, in which no layer is held. Their cotangents go down
 through the layers together: each block is linearised once, at the stream that entered it. A run's
 cotangent is the base run's own until its layer comes.
@@ -38,7 +38,7 @@ _Back = Callable[[Array, Array], tuple[Array, _BySite]]
 
 @jax.custom_vjp
 def _passing(value: Array, passes: Array) -> tuple[Array, Array]:
-    """Identity forwards. Backwards the cotangent of `value` is multiplied by that of `passes`."""
+    """Identity forwards. Backwards, `value`'s cotangent is multiplied by the one of `passes`."""
     return value, passes
 
 
@@ -65,8 +65,8 @@ def dropped_effects(
 ) -> tuple[Array, _BySite, _BySite]:
     """Each row's target, and by site first-order effects and their GradDrop magnitudes.
 
-    The sites are those of the gates, and the "q" and "k" in `source`, where softmax is taken as it
-    is. _BySite are `[L,B,...]`, already summed along the axes that are not in `over`.
+    Sites are the gates', and "q" and "k" if in `source`, where softmax is taken as it is. Effects
+    are `[L,B,...]`, already summed along the axes that are not in `over`.
     """
     n_layers = model.config.n_layers
     padding = Padding.of(x_BTD.shape[:2], mask)

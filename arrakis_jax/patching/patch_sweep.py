@@ -59,8 +59,8 @@ def patch_sweep(
         sites: one or several of embed, resid_pre, attn_out, resid_mid, mlp_out, resid_post, final,
             q, k, v, pattern, z, mlp_act, each swept by itself.
         over: some of "layer", "position" (columns of the tokens; queries of a pattern), "head"
-            (key/value head at "k" and "v") and "neuron". Of several sites, each has those that it
-            can have.
+            (key/value head at "k" and "v") and "neuron". Each of several sites has the axes that
+            it can have.
         base: the run that is patched, "clean" (noising) or "corrupt" (denoising). The other one
             is the source.
         patch: what is put in place: "resample" (the source's activation), "mean" (of the source
