@@ -33,7 +33,10 @@ without an array; and no tool imports `families` or `checkpoint`: it gets a mode
 from importlib.metadata import version
 
 from arrakis_jax.attribution.feature_attribution import Attribution, feature_attribution
+from arrakis_jax.attribution.integrated_gradients import IntegratedGradients
+from arrakis_jax.attribution.perturb import Occlusion, ValueZeroing
 from arrakis_jax.attribution.residual_gradients import residual_gradients
+from arrakis_jax.attribution.saliency import GradTimesInput, Saliency, SmoothGrad
 from arrakis_jax.checkpoint import from_pretrained, save
 from arrakis_jax.circuits.bigrams import bigram_logits, top_bigrams
 from arrakis_jax.circuits.composition import (
@@ -70,7 +73,7 @@ from arrakis_jax.decomposition.residual_decomposition import (
 from arrakis_jax.decomposition.top_attribution import TopAttribution, top_attribution
 from arrakis_jax.demo import demo_model
 from arrakis_jax.edges.circuit import CircuitFaithfulness, circuit_faithfulness, run_circuit
-from arrakis_jax.edges.edge_attribution import edge_attribution
+from arrakis_jax.edges.edge_attribution import EAP, EAPIG, edge_attribution
 from arrakis_jax.edges.effects import EdgeEffects
 from arrakis_jax.edges.graph import Edge, Graph, Node
 from arrakis_jax.edges.path_patching import PathEffects, path_patching
@@ -97,7 +100,7 @@ from arrakis_jax.movement.movement_matrix import MovementMatrix, movement_matrix
 from arrakis_jax.movement.residual_movement import Movement, residual_movement
 from arrakis_jax.movement.stream_geometry import StreamGeometry, stream_geometry
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.patching.attribution_patching import attribution_patching
+from arrakis_jax.patching.attribution_patching import AtP, AtPStar, attribution_patching
 from arrakis_jax.patching.effects import Cell, PatchEffects
 from arrakis_jax.patching.patch_sweep import patch_sweep
 from arrakis_jax.residual_tools import ResidualTools
@@ -116,6 +119,8 @@ del version
 __all__ = [
     "Add",
     "Agreement",
+    "AtP",
+    "AtPStar",
     "Attribution",
     "CKA",
     "Capture",
@@ -130,15 +135,19 @@ __all__ = [
     "Custom",
     "Decomposition",
     "DirectionAttribution",
+    "EAP",
+    "EAPIG",
     "Edge",
     "EdgeEffects",
     "Edit",
     "Entropy",
     "Factored",
     "FlowRoutes",
+    "GradTimesInput",
     "Graph",
     "HeadScores",
     "InformationFlow",
+    "IntegratedGradients",
     "KL",
     "Label",
     "Labels",
@@ -153,6 +162,7 @@ __all__ = [
     "MovementMatrix",
     "Node",
     "NotCapturedError",
+    "Occlusion",
     "PatchEffects",
     "Path",
     "PathEffects",
@@ -165,9 +175,11 @@ __all__ = [
     "ResidualTools",
     "RopeScaling",
     "Routing",
+    "Saliency",
     "Scale",
     "Set",
     "SkipTrigrams",
+    "SmoothGrad",
     "StreamGeometry",
     "Table",
     "Target",
@@ -175,6 +187,7 @@ __all__ = [
     "TopAttribution",
     "TopTokens",
     "Transformer",
+    "ValueZeroing",
     "VirtualHead",
     "agreement",
     "attribute_movement",
