@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from arrakis_jax import ModelConfig, RopeScaling, Transformer, config_for
@@ -92,6 +93,22 @@ VARIANTS = {
     ),
     "nope": dict(rope_layers=(True, False, True)),
 }
+
+
+# One variant of each kind of block; the others add options to these.
+KINDS = ("llama", "gpt2", "post", "both", "parallel", "stream_after", "mixed", "gpt_oss")
+
+
+def chosen(parameters, default=KINDS):
+    """All parameters of a test; those outside `default` run only with `-m exhaustive`."""
+    return [
+        each
+        if each in default
+        else pytest.param(
+            *(each if isinstance(each, tuple) else (each,)), marks=pytest.mark.exhaustive
+        )
+        for each in parameters
+    ]
 
 
 def config(variant: str = "llama", **changes) -> ModelConfig:

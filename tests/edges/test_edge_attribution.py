@@ -14,7 +14,7 @@ from arrakis_jax.edges.edge_attribution import edge_attribution
 from arrakis_jax.edges.graph import WRITTEN, Graph, Node, writer_changes
 from arrakis_jax.forward.targets import checked_target
 from tests.cost import flops
-from tests.models import close, compilations, gpt2_small, model
+from tests.models import chosen, close, compilations, gpt2_small, model
 from tests.patching.others import TARGET, pairs
 
 
@@ -93,7 +93,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", chosen(VARIANTS, ["both", "mixed"]))
 def test_the_sum_over_readers_is_attribution_patching(variant, x64):
     """G10, through norms of the output too: the gradient at z, mlp_out and the embedding."""
     m = model(variant, dtype="float64", n_layers=2, **VARIANTS[variant])

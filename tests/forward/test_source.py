@@ -8,10 +8,10 @@ from arrakis_jax import Capture, NotCapturedError, run
 from arrakis_jax.core.axes import over
 from arrakis_jax.forward.source import batch_of, over_layers
 from arrakis_jax.frozen.attention import READ, read
-from tests.models import VARIANTS, batch, close, model
+from tests.models import VARIANTS, batch, chosen, close, model
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", chosen(VARIANTS))
 def test_what_attention_reads_is_all_that_it_writes(variant, x64):
     """Sources and biases sum to the stream after attention, run or captured."""
     m = model(variant, dtype="float64")
