@@ -64,7 +64,7 @@ def test_joint_equals_one_at_a_time(variant, x64):
             logits = m(jnp.asarray(tokens), mask=mask, taps={site: tap}).logits
             return logits[jnp.arange(2), jnp.array(positions), 3].sum()
 
-        one = jax.grad(total)(jnp.zeros(getattr(found, site).shape))
+        one = jax.jit(jax.grad(total))(jnp.zeros(getattr(found, site).shape))
         close(getattr(found, site), one, 1e-12, site)
 
 
