@@ -99,6 +99,14 @@ VARIANTS = {
 KINDS = ("llama", "gpt2", "post", "both", "parallel", "stream_after", "mixed", "gpt_oss")
 
 
+# Each way of splitting a sum into terms once, in a kind of block where it does most.
+WAYS = (
+    ("llama", "component"), ("gpt2", "head"), ("post", "source"), ("both", "neuron"),
+    ("parallel", "head"), ("stream_after", "source"), ("mixed", "expert"), ("mixed", "neuron"),
+    ("gpt_oss", "source"),
+)  # fmt: skip
+
+
 def chosen(parameters, default=KINDS):
     """All parameters of a test; those outside `default` run only with `-m exhaustive`."""
     return [
@@ -135,7 +143,10 @@ def randomised(model: Transformer, seed: int = 0) -> Transformer:
 
 
 def model(variant: str = "llama", *, seed: int = 0, **changes) -> Transformer:
-    described = config(variant, **changes)
+    return built(config(variant, **changes), seed)
+
+
+def built(described: ModelConfig, seed: int = 0) -> Transformer:
     return randomised(nnx.eval_shape(lambda: Transformer(described, rngs=nnx.Rngs(0))), seed)
 
 

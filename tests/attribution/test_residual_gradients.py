@@ -21,7 +21,7 @@ def value(m, tokens, mask, edits, target=3, against=4):
 @pytest.mark.parametrize(
     "variant",
     chosen(["llama3", "gpt2", "both", "shared_norm", "stream_after", "moe", "gpt_oss"],
-           ["both", "stream_after", "moe"]),
+           ["both", "moe"]),
 )  # fmt: skip
 def test_joint_taps_equal_finite_differences(variant, x64):
     """G11: the directional derivative at every site, by central differences."""
@@ -49,7 +49,7 @@ def test_joint_taps_equal_finite_differences(variant, x64):
         np.testing.assert_allclose(change, expected, rtol=1e-6, atol=1e-11, err_msg=site)
 
 
-@pytest.mark.parametrize("variant", chosen(VARIANTS))
+@pytest.mark.parametrize("variant", chosen(VARIANTS, ["gpt2", "both", "stream_after", "mixed"]))
 def test_joint_equals_one_at_a_time(variant, x64):
     m = model(variant, dtype="float64")
     tokens, mask, _ = batch(lengths=(5, 3))
@@ -84,7 +84,7 @@ def test_fields_and_padding():
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both", "holes"])
-@pytest.mark.parametrize("variant", ["gpt2", "moe"])
+@pytest.mark.parametrize("variant", chosen(["gpt2", "moe"], ["gpt2"]))
 def test_padded_equals_one_by_one(variant, side, x64):
     m = model(variant, dtype="float64")
     tokens, mask, prompts = batch(side=side)

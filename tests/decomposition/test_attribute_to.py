@@ -1,6 +1,7 @@
 """attribute_to and attribute_movement: terms along a direction, and of a movement."""
 
 from functools import partial
+from itertools import product
 
 import jax
 import numpy as np
@@ -16,10 +17,10 @@ from arrakis_jax import (
     run,
 )
 from tests.decomposition.points import points
-from tests.models import VARIANTS, batch, chosen, close, model
+from tests.models import VARIANTS, WAYS, batch, chosen, close, model
 
 
-@pytest.mark.parametrize("variant", chosen(VARIANTS))
+@pytest.mark.parametrize("variant", chosen(VARIANTS, ["gpt2", "both", "stream_after", "mixed"]))
 def test_terms_sum_to_the_product_at_every_point(variant):
     m = model(variant)
     tokens, mask, _ = batch()
@@ -106,8 +107,9 @@ def test_many_directions_and_one_per_position(x64):
     assert table["direction"][:4] == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("by", ["component", "source", "neuron"])
-@pytest.mark.parametrize("variant", chosen(VARIANTS))
+@pytest.mark.parametrize(
+    ("variant", "by"), chosen(product(VARIANTS, ["component", "source", "neuron"]), WAYS)
+)
 def test_a_movement_is_split_exactly(variant, by):
     m = model(variant)
     if by == "neuron" and not (m.config.d_mlp or m.config.n_experts):
