@@ -61,7 +61,8 @@ def test_terms_sum_in_float64(variant, by, x64):
     tokens, mask, _ = batch()
     out = run(m, tokens, mask=mask, capture="all")
     assert out.logits.dtype == out.residuals.norm_attn_scale.dtype == np.float64
-    for at, x in points(out.residuals, 3):
+    every = list(points(out.residuals, 3))
+    for at, x in every if variant == "both" else every[::4]:
         assert relative(decompose(m, out, at=at, by=by).terms, x) < 1e-12
 
 
@@ -74,7 +75,8 @@ def test_the_rounding_of_a_bfloat16_stream_is_a_term(variant, by):
     out = run(m, tokens, mask=mask, capture="all")
     assert out.residuals.resid_mid.dtype == out.residuals.final.dtype == jnp.bfloat16
     assert out.residuals.attn_out.dtype == jnp.float32
-    for at, x in points(out.residuals, 3):
+    every = list(points(out.residuals, 3))
+    for at, x in every if variant == "gpt2" else every[::4]:
         parts = decompose(m, out, at=at, by=by)
         assert relative(parts.terms, x.astype(jnp.float32)) < 1e-6, at
     kept = np.array([i for i, label in enumerate(parts.labels) if "rounding" not in label.kind])

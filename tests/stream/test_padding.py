@@ -98,7 +98,7 @@ def test_in_float32(name, variant):
     m = model(variant)
     alone = None
     for side in ("left", "right", "holes"):
-        tokens, mask, prompts = batch(side=side, lengths=(7, 4, 1))
+        tokens, mask, prompts = batch(side=side, lengths=(7, 7, 1))
         tokens = np.where(mask, tokens, 0)
         whole = np.asarray(tool(m, tokens, mask))
         if alone is None:

@@ -13,7 +13,7 @@ from arrakis_jax import (
     logit_attribution,
     run,
 )
-from tests.models import VARIANTS, batch, chosen, close, model
+from tests.models import KINDS, batch, chosen, close, model
 
 SHAPES = ["llama3", "gpt2", "both", "post_layernorm", "parallel", "stream_after", "stream_before",
           "mixed", "gpt_oss"]  # fmt: skip
@@ -127,7 +127,11 @@ def test_examples_and_vmap():
     close(rows.T, plain, 1e-5)
 
 
-@pytest.mark.parametrize("variant", chosen(VARIANTS, ["gpt2", "both", "mixed"]))
+# Of each kind of block, and of each shape of segments and of terms that may lack.
+SELECTED = (*KINDS, "attention_only", "one_layer", "stream_before", "moe", "mixed_more")
+
+
+@pytest.mark.parametrize("variant", chosen(SELECTED, ["gpt2", "both", "mixed"]))
 def test_selected_terms_are_those_of_all(variant):
     """Layers and kinds are selected before anything is computed; the rest is what they leave."""
     m = model(variant)
