@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.circuits.matrices import Distance, Factored, ov_matrices, qk_matrices
+from arrakis_jax.circuits.factored import Factored
+from arrakis_jax.circuits.matrices import Distance, ov_matrices, qk_matrices
 from arrakis_jax.core.axes import Array, Float
 from arrakis_jax.core.checks import checked_count
 from arrakis_jax.core.errors import expected
@@ -15,7 +16,7 @@ from arrakis_jax.forward.run import compiled
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.record import Record
 
-KINDS = ("q", "k", "v")
+_KINDS = ("q", "k", "v")
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +51,7 @@ class CompositionBaseline(Record):
 class Composition(Record):
     """How much of an earlier head's output each later head's queries, keys and values read.
 
-    `[L,H,L,H]`, the earlier head first; zero unless its layer is the earlier one.
+    Scores are `[L,H,L,H]`, the earlier head first; zero unless its layer is the earlier one.
 
     Attributes:
         q: scores of Q-composition.
@@ -77,23 +78,23 @@ class Composition(Record):
     def z_scores(self, random: CompositionBaseline) -> "Composition":
         """Scores in standard deviations above the mean of random heads, of Gaussian weights.
 
-        Trained heads of few large singular values scatter more than those: see
-        `oriented_z_scores`.
+        Trained heads scatter more than random ones, because few of their singular values are
+        large: see `oriented_z_scores`.
         """
         return self._shifted(random.mean, random.std)
 
     @property
     def oriented_z_scores(self) -> "Composition":
-        """What is left to orientation: z-scores of each pair's own singular values.
+        """Z-scores of how each pair is oriented, given its singular values.
 
         If the two matrices stood in random orientation to each other, their squared score would
         have mean 1 / D and a variance that follows from their singular values. This is
-        `(score^2 - 1 / D)` over that standard deviation. Of scores only, not of `excess`.
+        `(score^2 - 1 / D)` over that standard deviation. It needs scores, not their `excess`.
         """
-        d = round(self.baseline**-2)
+        d = round(self.baseline**-2)  # the baseline is 1 / sqrt(D)
         earlier = self.concentration_ov[:, :, None, None]
         values = {}
-        for kind in KINDS:
+        for kind in _KINDS:
             later = self.concentration_ov if kind == "v" else self.concentration_qk
             variance = _variance(earlier, later[None, None], d)
             squares = jnp.square(getattr(self, kind)) - 1 / d
@@ -101,7 +102,7 @@ class Composition(Record):
         return replace(self, **values, baseline=0.0)
 
     def _shifted(self, mean: Array | float, std: Array | float) -> "Composition":
-        values = {kind: self._of_pairs((getattr(self, kind) - mean) / std) for kind in KINDS}
+        values = {kind: self._of_pairs((getattr(self, kind) - mean) / std) for kind in _KINDS}
         return replace(self, **values, baseline=0.0)
 
     def _of_pairs(self, values: Float[Array, "L H L H"]) -> Float[Array, "L H L H"]:
@@ -113,9 +114,12 @@ class Composition(Record):
 def _variance(a: Array, b: Array, d: int) -> Array:
     """The variance of a squared score in random orientation, from both concentrations.
 
-    The score is `sum_ij p_i r_j Q_ij^2` with Q uniform over rotations of d axes, p and r the
-    shares of the squared singular values: fourth moments of Q, and `a = sum p^2`, `b = sum r^2`.
+    The squared score is `sum_ij p_i r_j Q_ij^2`, with Q uniform over rotations of d axes, and p and
+    r the shares of the squared singular values. Its variance follows from the fourth moments of Q,
+    with the concentrations `a = sum p^2` and `b = sum r^2`.
     """
+    # Moments of entries of Q, times d (d + 2): E[Q_ij^4] is 3; E[Q_ij^2 Q_kl^2] is 1 in one row or
+    # column, and (d + 1) / (d - 1) for entries that share neither.
     apart = (d + 1) / max(d - 1, 1)
     fourth = 3 * a * b + a * (1 - b) + b * (1 - a) + apart * (1 - a) * (1 - b)
     return fourth / (d * (d + 2)) - 1 / d**2
@@ -129,8 +133,8 @@ def composition_scores(
     With M = W_OV of the earlier head, each is a Frobenius norm over the product of its two
     factors' norms: Q `|M W_QK|`, K `|M W_QK^T|`, V `|M W_OV|`, with the later head's matrices. In
     [0, 1]; heads of unrelated orientation score `1 / sqrt(D)`, whatever their singular values.
-    Composition through MLPs, and what norms of the stream between the layers do
-    (`norm_placement="stream_..."`), is not seen.
+    Composition through MLPs is not seen, nor what norms of the stream between the layers change
+    (`norm_placement="stream_..."`).
 
     Args:
         model: the transformer.
@@ -139,42 +143,42 @@ def composition_scores(
         fold: fold norms into the weights, as `ov_matrices` and `qk_matrices` do.
 
     Returns:
-        Composition of `[L,H,L,H]` arrays. Heads that share keys and values (GQA) share what of
-        their scores comes from these. Cost: pairs of heads times `D K^2`, one pair of layers at a
-        time.
+        Composition of `[L,H,L,H]` arrays. Heads that share keys and values (GQA) have the same
+        factors from them. Cost: pairs of heads times `D K^2`, one pair of layers at a time.
 
     Example:
         >>> model, tokenizer = demo_model()
-        >>> found = composition_scores(model)
-        >>> found.k.shape, round(found.baseline, 4)
+        >>> scores = composition_scores(model)
+        >>> scores.k.shape, round(scores.baseline, 4)
         ((4, 4, 4, 4), 0.0884)
         >>> random = composition_baseline(model, key=jax.random.key(0))
-        >>> found.z_scores(random).k.shape
+        >>> scores.z_scores(random).k.shape
         (4, 4, 4, 4)
 
     Reference:
         Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.
     """
     qk = qk_matrices(model, distance=distance, fold=fold)
-    return _scores(model, qk, ov_matrices(model, fold=fold))
+    return _composition(model, qk, ov_matrices(model, fold=fold))
 
 
 @compiled()
-def _scores(model, qk, ov):
+def _composition(model: Transformer, qk: Factored, ov: Factored) -> Composition:
     writes_LHDK = _narrow(ov.transposed)
     reads = {"q": _narrow(qk), "k": _narrow(qk.transposed), "v": _narrow(ov)}
     n_layers, n_heads = writes_LHDK.shape[:2]
 
-    def of(pair: tuple[Array, Array]) -> dict[str, Array]:
+    def of_layers(pair: tuple[Array, Array]) -> dict[str, Array]:
         earlier, later = pair
         return {kind: _between(writes_LHDK[earlier], read[later]) for kind, read in reads.items()}
 
-    none = jnp.zeros((n_layers, n_layers, n_heads, n_heads), writes_LHDK.dtype)
-    scores = dict.fromkeys(reads, none)
+    zero_LLHH = jnp.zeros((n_layers, n_layers, n_heads, n_heads), writes_LHDK.dtype)
+    scores = dict.fromkeys(reads, zero_LLHH)
     earlier, later = np.triu_indices(n_layers, 1)
     if earlier.size:
-        found = jax.lax.map(of, (jnp.asarray(earlier, int), jnp.asarray(later, int)))
-        scores = {kind: none.at[earlier, later].set(values) for kind, values in found.items()}
+        # One pair of layers at a time: all at once would hold [L,L,H,H,K,K].
+        of_pairs = jax.lax.map(of_layers, (jnp.asarray(earlier, int), jnp.asarray(later, int)))
+        scores = {kind: zero_LLHH.at[earlier, later].set(x) for kind, x in of_pairs.items()}
     scores = {kind: jnp.swapaxes(values, 1, 2) for kind, values in scores.items()}
     return Composition(
         **scores,
@@ -187,8 +191,9 @@ def _scores(model, qk, ov):
 def _narrow(matrix: Factored) -> Float[Array, "... D K"]:
     """The matrices in an orthonormal basis of their rows, over their norms; zero where those are.
 
-    Products with them from the left have the same norms.
+    Their products with a matrix on the left keep their norms, at K columns in place of D.
     """
+    # left right = left r^T q^T with right^T = q r, and q has orthonormal columns: it is dropped.
     rows = jnp.linalg.qr(jnp.swapaxes(matrix.right, -1, -2), mode="r")
     narrow = contract("...DK,...MK->...DM", matrix.left, rows)
     return ratio(narrow, jnp.linalg.norm(narrow, axis=(-2, -1), keepdims=True))
@@ -202,6 +207,7 @@ def _concentration(narrow: Float[Array, "... D K"]) -> Float[Array, "..."]:
 
 def _between(write_HDK: Array, read_HDK: Array) -> Float[Array, "H H"]:
     """The norms of the products of every earlier head with every later one."""
+    # Both are in orthonormal bases: the K x K products have the norms of the D x D ones.
     product = contract("HDK,NDM->HKNM", write_HDK, read_HDK)
     return jnp.sqrt(jnp.sum(jnp.square(product), (1, 3)))
 
@@ -215,7 +221,7 @@ def composition_baseline(
     far they scatter depends on the shapes.
 
     Args:
-        model: the transformer, of which only the shapes count.
+        model: the transformer; only its shapes count.
         key: a key of jax.random.
         draws: how many pairs of heads.
 
@@ -234,13 +240,14 @@ def composition_baseline(
     checked_count("draws", draws, 10**6)
     if not isinstance(key, jax.Array):
         raise TypeError(expected("key", "a key", repr(key), "such as jax.random.key(0)"))
-    return _random(model, key, draws=int(draws))
+    return _random_scores(model, key, draws=int(draws))
 
 
 @compiled("draws")
-def _random(model, key, *, draws):
+def _random_scores(model: Transformer, key: Array, *, draws: int) -> CompositionBaseline:
     config = model.config
 
+    # One draw at a time: all together would hold four D x K matrices for each.
     def draw(key: Array) -> Array:
         shape = (2, config.d_model, config.d_head)
         left, right = (jax.random.normal(key, shape, config.acc) for key in jax.random.split(key))

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.circuits.matrices import Distance, Factored, eigenvalues, ov_matrices, qk_matrices
-from arrakis_jax.core.axes import Array, Float
+from arrakis_jax.circuits.factored import Factored, eigenvalues
+from arrakis_jax.circuits.matrices import Distance, ov_matrices, qk_matrices
+from arrakis_jax.core.axes import Array, Float, Int
 from arrakis_jax.core.checks import Ids, checked_ids
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract
@@ -19,8 +20,8 @@ from arrakis_jax.forward.run import compiled
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.record import Record
 
-_CHUNK = 4096  # tokens whose rows are in float32 at once
-_BATCH = 64  # tokens whose logits are
+_CHUNK = 4096  # how many tokens' rows exist in float32 at a time
+_BATCH = 64  # how many tokens' logits exist at a time
 
 
 def copying_scores(model: Transformer) -> Float[Array, "L H"]:
@@ -28,8 +29,8 @@ def copying_scores(model: Transformer) -> Float[Array, "L H"]:
 
     `sum(lambda) / sum(|lambda|)` over the eigenvalues of `W_E W_OV W_U`, V x V: 1 if the head
     writes towards the same token that it reads, -1 if away from it, about 0 for unrelated ones.
-    The sum is real. From the K x K matrix `W_O W_U W_E W_V`, whose eigenvalues are the same but
-    for zeros.
+    The sum is real. They come from the K x K matrix `W_O W_U W_E W_V`, whose eigenvalues are the
+    same but for zeros.
 
     Norms are folded in, as `ov_matrices(model)` does, and likewise gain and centring of the final
     norm into `W_U` and of a norm of the embedding into `W_E`. Their scales, positive factors of
@@ -39,8 +40,8 @@ def copying_scores(model: Transformer) -> Float[Array, "L H"]:
         model: the transformer.
 
     Returns:
-        `[L,H]`, in [-1, 1]; 0 for a head without any effect on logits. The eigenvalues are
-        computed in numpy on the host: inside of jit use `copying_traces`.
+        `[L,H]`, in [-1, 1]; 0 for a head without any effect on logits. Numpy computes the
+        eigenvalues on the host: inside of jit use `copying_traces`.
 
     Raises:
         TypeError: inside of jit, vmap or grad.
@@ -57,7 +58,7 @@ def copying_scores(model: Transformer) -> Float[Array, "L H"]:
 
 
 def matching_scores(model: Transformer, *, distance: Distance = 0) -> Float[Array, "L H"]:
-    """Whether every head seeks the token that it stands on: as `copying_scores`, of QK.
+    """Whether every head seeks the token that it stands on: `copying_scores` of the QK circuit.
 
     `sum(lambda) / sum(|lambda|)` over the eigenvalues of `W_E W_QK W_E^T`, V x V: 1 if every
     token scores itself up, -1 if down.
@@ -87,8 +88,8 @@ def matching_scores(model: Transformer, *, distance: Distance = 0) -> Float[Arra
 def copying_traces(model: Transformer) -> Float[Array, "L H"]:
     """The mean logit that a token gets from reading itself, through every head: no eigenvalues.
 
-    The trace of `W_E W_OV W_U` over V, folded as in `copying_scores`, of which it has the sign:
-    its numerator over V. It can be traced, differentiated and exported.
+    The trace of `W_E W_OV W_U` over V, folded as in `copying_scores`. It is the numerator of that
+    score over V, and has its sign. It can be traced, differentiated and exported.
 
     Args:
         model: the transformer.
@@ -126,7 +127,7 @@ class CopyingRanks(Record):
 def copying_ranks(model: Transformer, ids: Ids | None = None) -> CopyingRanks:
     """Whether every head raises the token it reads above all others: by rank, not by eigenvalues.
 
-    Of each token alone, the logits that it writes through one head, `W_E W_OV W_U`, folded as in
+    Each token alone writes the logits `W_E W_OV W_U` through a head, folded as in
     `copying_scores`: the scales of norms do not change ranks. The biases are left out.
 
     Args:
@@ -157,18 +158,19 @@ def copying_ranks(model: Transformer, ids: Ids | None = None) -> CopyingRanks:
 
 
 @compiled()
-def _ranks(model, ov, ids):
+def _ranks(model: Transformer, ov: Factored, ids: Int[Array, " N"]) -> CopyingRanks:
     u_VD = model.unembedding()
     if (norm := model.norm_final) is not None:
-        u_VD = norm.centre(norm.gained(u_VD))
+        u_VD = norm.transposed(u_VD)
     others = max(model.config.vocab_size - 1, 1)
 
     def of_head(head: Factored) -> CopyingRanks:
-        written_KV = contract("KD,VD->KV", head.right, u_VD)
+        written_KV = contract("KD,VD->KV", head.right, u_VD)  # once a head, not once a token
 
         def of_token(token: Array) -> tuple[Array, Array]:
             read_K = contract("D,DK->K", _embedded(model, model.w_e[...][token]), head.left)
             logits = contract("K,KV->V", read_K, written_KV)
+            # Equal logits share their ranks: each counts half, the token itself not at all.
             larger, equal = (f(logits, logits[token]).sum() for f in (jnp.greater, jnp.equal))
             return (larger + (equal - 1) / 2) / others, larger + equal == 1
 
@@ -177,13 +179,14 @@ def _ranks(model, ov, ids):
         return CopyingRanks(above=jnp.mean(above, dtype=dtype), first=jnp.mean(first, dtype=dtype))
 
     heads = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), ov)
-    found = jax.lax.map(of_head, heads)
-    return jax.tree.map(lambda x: x.reshape(ov.shape[:2]), found)
+    ranks = jax.lax.map(of_head, heads)
+    return jax.tree.map(lambda x: x.reshape(ov.shape[:2]), ranks)
 
 
 def _positive(cores: Float[Array, "L H K K"]) -> Float[Array, "L H"]:
     """The sum of eigenvalues over the sum of their absolute values; 0 without any."""
     values = eigenvalues(cores)
+    # Eigenvalues of a real matrix come in conjugate pairs: the sum has no imaginary part.
     total = np.abs(values).sum(-1)
     score = values.sum(-1).real / np.where(total == 0, 1, total)
     return jnp.asarray(np.clip(score, -1, 1), cores.dtype)
@@ -194,13 +197,13 @@ def copying_cores(model: Transformer, ov: Factored) -> Float[Array, "L H K K"]:
     """`W_O W_U W_E W_V` of every head."""
     w_e = model.w_e[...]
     w_u = w_e if model.w_u is None else model.w_u[...].T
+    # What surrounds the tables is linear: applied to the small product, it never meets V rows.
     between_MD = _embedded(model, _over_vocabulary(w_u, w_e))
     between_DD = between_MD * model.config.logit_scale
     if model.w_project_out is not None:
         between_DD = contract("DM,MN->DN", model.w_project_out[...], between_DD)
-    if model.norm_final is not None:
-        norm = model.norm_final
-        between_DD = norm.centre(norm.gained(between_DD.T)).T
+    if (norm := model.norm_final) is not None:
+        between_DD = norm.transposed(between_DD.T).T
     return _core(ov, between_DD)
 
 
@@ -212,13 +215,14 @@ def matching_cores(model: Transformer, qk: Factored) -> Float[Array, "L H K K"]:
 
 
 def _core(matrix: Factored, between_DD: Array) -> Float[Array, "L H K K"]:
-    """`right between left`, with the nonzero eigenvalues of `left right between`."""
+    """`right between left`, which has the nonzero eigenvalues of `left right between`."""
     read = contract("LHKD,DM->LHKM", matrix.right, between_DD)
     return contract("LHKM,LHMN->LHKN", read, matrix.left)
 
 
 def _over_vocabulary(a_VM: Array, b_VN: Array) -> Float[Array, "M N"]:
-    """`a^T b`, summed over a chunk of the vocabulary at a time, as products widen bfloat16."""
+    """`a^T b`, summed over a chunk of the vocabulary at a time."""
+    # A product widens bfloat16 operands, so that all rows at once would be held in float32.
     size = a_VM.shape[0]
     whole = size - size % _CHUNK
 
@@ -226,15 +230,16 @@ def _over_vocabulary(a_VM: Array, b_VN: Array) -> Float[Array, "M N"]:
         a, b = (jax.lax.dynamic_slice_in_dim(x, start, _CHUNK) for x in (a_VM, b_VN))
         return total + contract("VM,VN->MN", a, b), None
 
+    # The scan takes whole chunks; what is left begins the sum.
     rest = contract("VM,VN->MN", a_VM[whole:], b_VN[whole:])
     return jax.lax.scan(add, rest, jnp.arange(0, whole, _CHUNK))[0] if whole else rest
 
 
 def _embedded(model: Transformer, x: Float[Array, "... M"]) -> Float[Array, "... D"]:
-    """The stream's embedding in place of rows of `w_e`, over the scale of a norm of it."""
+    """What rows of `w_e` become in the stream, times the scale of a norm of the embedding."""
     config = model.config
     x = x * jnp.asarray(config.embed_scale, config.dtype).astype(config.acc)
     if model.w_project_in is not None:
         x = contract("...M,MD->...D", x, model.w_project_in[...])
     norm = model.norm_embed
-    return x if norm is None else norm.gained(norm.centre(x))
+    return x if norm is None else norm.linear(x)

@@ -6,30 +6,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.circuits.matrices import Head, ov_matrices
-from arrakis_jax.core.axes import Array, Float, over
-from arrakis_jax.core.checks import (
-    Ids,
-    Mask,
-    Tokens,
-    checked_count,
-    checked_ids,
-    checked_position,
-    checked_tokens,
-)
+from arrakis_jax.circuits.heads import HEAD_FIELDS, Head, check_linear
+from arrakis_jax.circuits.matrices import ov_matrices
+from arrakis_jax.core.axes import Array, Float, Int, over
+from arrakis_jax.core.checks import Ids, Mask, Tokens, checked_ids, checked_position
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract, ratio
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.source import batch_of, stream_of
+from arrakis_jax.forward.source import Source, source_of
 from arrakis_jax.frozen.reads import logit_direction, logit_reader
 from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.nn.walk import Place, walk
+from arrakis_jax.results.ranking import Top, top
 from arrakis_jax.results.record import ABSENT, Record
-from arrakis_jax.stream.capture import Capture
 from arrakis_jax.stream.padding import Padding
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 
-_FIELDS = ("pattern", "norm_attn_scale", "norm_attn_out_scale")
-_ENDS = ("embed", "mlp_out", "final", "norm_final_scale")
+_FIELDS = (*HEAD_FIELDS, "embed", "mlp_out", "final", "norm_final_scale")
 
 
 class Path(NamedTuple):
@@ -52,9 +45,10 @@ class Path(NamedTuple):
 class PathTerms(Record):
     """The share of every path in a logit or logit difference, in logits.
 
-    C counts where paths start: `sources`. "embed" is the tokens' embeddings, "pos" the learned
-    positions', "bias" what is constant (biases of values, outputs and norms), "mlp" what MLPs
-    write. A path starts at the last of these, and runs through heads' patterns and OV matrices.
+    C counts where paths start: `sources`. "embed" is the tokens' embeddings, "pos" those of learned
+    positions, "bias" is what is constant (biases of values, outputs and norms), "mlp" the MLPs'
+    outputs. A path starts at the last of these that it meets, and runs through heads' patterns and
+    OV matrices.
 
     Attributes:
         direct: `[C,B]`, what reaches the logit through no head.
@@ -98,12 +92,9 @@ class PathTerms(Record):
         ]
         return (*map(Path, self.sources), *single, *(() if self.virtual is None else double))
 
-    def top(self, k: int) -> tuple[Float[Array, "k B"], Array]:
+    def top(self, k: int) -> Top:
         """The k paths of largest absolute value: their values and indices, `[k,B]` each."""
-        terms = self.terms.T
-        checked_count("k", k, terms.shape[-1])
-        index = jax.lax.top_k(jnp.abs(terms), k)[1]
-        return jnp.take_along_axis(terms, index, -1).T, index.T
+        return top(self.terms, k)
 
 
 def path_expansion(
@@ -123,7 +114,7 @@ def path_expansion(
     and the scales of norms are those of this forward. The terms plus the constant equal the
     model's logit.
 
-    What an MLP writes is a source, not taken apart. Factors on the logits are included; a
+    An MLP's output is a source, and is not taken apart. Factors on the logits are included; a
     soft-cap is not.
 
     Args:
@@ -145,8 +136,8 @@ def path_expansion(
     Example:
         >>> config = config_for("gpt2", n_layer=2, n_embd=16, n_head=2, vocab_size=11)
         >>> model = Transformer(config, rngs=nnx.Rngs(0))
-        >>> found = path_expansion(model, jnp.arange(6)[None], 3, against=5)
-        >>> found.virtual.shape, str(found.labels[-1]), bool(found.gap.max() < 1e-5)
+        >>> paths = path_expansion(model, jnp.arange(6)[None], 3, against=5)
+        >>> paths.virtual.shape, str(paths.labels[-1]), bool(paths.gap.max() < 1e-5)
         ((4, 2, 2, 1), 'mlp > L0 head 1 > L1 head 1', True)
 
     Reference:
@@ -156,124 +147,126 @@ def path_expansion(
     if config.n_layers > 2:
         do = "decompose by head and by source, which work at any depth"
         raise ValueError(expected("model", "of at most 2 layers", config.n_layers, do))
-    _check_linear(model)
-    stream = stream_of(tokens, mask)
-    if stream is None:
-        tokens, mask = checked_tokens(config, tokens, mask, check=check)
-        n_rows, length = tokens.shape
-    else:
-        stream = batch_of(stream)
-        stream.need(*_FIELDS, *_ENDS, all_layers=True, all_positions=True)
-        (n_rows, length), mask = stream.mask.shape, stream.mask
-    position = checked_position(position, n_rows, mask, length)
+    check_linear(config)
+    source = source_of(model, tokens, mask, check=check, batch=True)
+    n_rows, length = source.shape
+    position = checked_position(position, n_rows, source.mask, length)
     targets = checked_ids(config, targets, (n_rows,), check=check)
     if against is not None:
         against = checked_ids(config, against, (n_rows,), name="against", check=check)
-    if stream is None:
-        return _run_and_expand(model, tokens, mask, position, targets, against)
-    return _expand(model, stream, position, targets, against)
+    return _expansion(model, source, position, targets, against)
 
 
 @compiled()
-def _run_and_expand(model, tokens, mask, position, targets, against):
-    capture = Capture((*_FIELDS, *_ENDS))
-    return _expansion(
-        model, model(tokens, mask=mask, capture=capture).residuals, position, targets, against
-    )
-
-
-@compiled()
-def _expand(model, stream, position, targets, against):
-    return _expansion(model, stream, position, targets, against)
-
-
 def _expansion(
     model: Transformer,
-    stream: ResidualStream,
-    position: Array,
-    targets: Array,
-    against: Array | None,
+    source: Source,
+    position: Int[Array, " B"],
+    targets: Int[Array, " B"],
+    against: Int[Array, " B"] | None,
 ) -> PathTerms:
-    index, valid = Padding.of(stream.mask.shape, stream.mask).columns(position[:, None])
-    rows, valid = jnp.arange(index.shape[0]), valid[:, 0]
-    at = (rows, index[:, 0])
+    stream = source.stream(model, _FIELDS)
+    stream.need(*_FIELDS, all_layers=True, all_positions=True)
+    index, exists = source.padding.columns(position[:, None])
+    at = (jnp.arange(len(index)), index[:, 0])
     u_BD, bias_B = logit_reader(model, targets, against)
     logit_B = contract("BD,BD->B", model.final_norm(stream.final[at]), u_BD) + bias_B
     r_BD, offset_B = logit_direction(model, u_BD)
-    constant_B = offset_B + bias_B
     if model.norm_final is not None:
         r_BD = r_BD / stream.norm_final_scale[at][:, None]
 
-    sources, direct_CBTD, read_LCBTD = _sources(model, stream)
-    share_LBT, scale_LBT = (_scale(model, stream, name) for name in _FIELDS[:0:-1])
-    ov = ov_matrices(model, biases=True)
-    read_LCBTD = read_LCBTD / scale_LBT[:, None, ..., None]
-    one = jnp.array([name == "bias" for name in sources], read_LCBTD.dtype)
-    one = jnp.broadcast_to(one[None, :, None, None, None], (*read_LCBTD.shape[:-1], 1))
-    read_LCBTD = jnp.concatenate([read_LCBTD, one], -1)
-
-    row_LBHS = stream.pattern[:, rows, :, index[:, 0]]  # with the indexed axes in front
-    row_LBHS = jnp.moveaxis(row_LBHS, 0, 1) / share_LBT[:, *at][..., None, None]
-    into_LBHD = contract("LHDK,LHKN,BN->LBHD", ov.left, ov.right, r_BD)
-    heads = contract("LBHS,LCBSD,LBHD->LCHB", row_LBHS, read_LCBTD, into_LBHD)
-    virtual = None
-    if model.config.n_layers == 2:
-        weight_BNT = row_LBHS[1] / (scale_LBT[1] * share_LBT[0])[:, None]
-        chain_BHNS = contract("BNT,BHTS->BHNS", weight_BNT, stream.pattern[0])
-        value_CBSHK = contract("CBSD,HDK->CBSHK", read_LCBTD[0], ov.left[0])
-        into_BHNK = contract("HKD,BND->BHNK", ov.right[0], into_LBHD[1, ..., :-1])
-        virtual = contract("BHNS,CBSHK,BHNK->CHNB", chain_BHNS, value_CBSHK, into_BHNK)
-    direct = contract("CBD,BD->CB", direct_CBTD[:, *at], r_BD)
-
-    found = {"direct": direct, "heads": heads, "constant": constant_B, "logit": logit_B}
-    found |= {} if virtual is None else {"virtual": virtual}
-    found = {name: jnp.where(over(valid, x), x, jnp.nan) for name, x in found.items()}
-    paths = PathTerms(**found, gap=ABSENT, sources=sources)
-    gap = jnp.abs(paths.terms.sum(0) + constant_B - logit_B)
+    names, written_CBTD, read_LCBTD = _sources(model, stream)
+    fields = _through_heads(model, stream, _with_ones(model, stream, names, read_LCBTD), at, r_BD)
+    fields["direct"] = contract("CBD,BD->CB", written_CBTD[:, *at], r_BD)
+    fields |= {"constant": offset_B + bias_B, "logit": logit_B}
+    # NaN, so that a position that a row does not have cannot pass for a result.
+    fields = {n: jnp.where(over(exists[:, 0], x), x, jnp.nan) for n, x in fields.items()}
+    paths = PathTerms(**fields, gap=ABSENT, sources=names)
+    gap = jnp.abs(paths.terms.sum(0) + paths.constant - logit_B)
     return replace(paths, gap=ratio(gap, jnp.abs(paths.terms).sum(0)))
 
 
-def _sources(model: Transformer, stream: ResidualStream) -> tuple[tuple[str, ...], Array, Array]:
-    """The sources' names, what they write in all, and what each layer finds of them written.
+def _through_heads(
+    model: Transformer,
+    stream: ResidualStream,
+    read_LCBTN: Float[Array, "L C B T N"],
+    at: tuple[Array, Array],
+    r_BD: Float[Array, "B D"],
+) -> dict[str, Array]:
+    """The terms of paths through one head and through two, from what each layer's heads read.
 
-    `[C,B,T,D]` and `[L,C,B,T,D]`.
+    `at` are the rows and columns of the positions asked for. Only these rows of the last pattern
+    count, and the direction r meets the weights before any vector: nothing is as large as
+    `[B,T,T,H,D]`.
     """
+    rows, columns = at
+    ov = ov_matrices(model, biases=True)
+    share_LBT = _scale(model, stream, "norm_attn_out_scale")  # one without such a norm
+    row_LBHS = stream.pattern[:, rows, :, columns]  # with the indexed axes in front
+    row_LBHS = jnp.moveaxis(row_LBHS, 0, 1) / share_LBT[:, *at][..., None, None]
+    into_LBHN = contract("LHNK,LHKD,BD->LBHN", ov.left, ov.right, r_BD)
+    heads = contract("LBHS,LCBSN,LBHN->LCHB", row_LBHS, read_LCBTN, into_LBHN)
+    if model.config.n_layers < 2:
+        return {"heads": heads}
+    # Through both layers: the second's row times the first's pattern, over the scales between.
+    scale_BT = _scale(model, stream, "norm_attn_scale")[1] * share_LBT[0]
+    weight_BNT = row_LBHS[1] / scale_BT[:, None]
+    chain_BHNS = contract("BNT,BHTS->BHNS", weight_BNT, stream.pattern[0])
+    value_CBSHK = contract("CBSD,HDK->CBSHK", read_LCBTN[0], ov.left[0])
+    # The second head's biases are its own path: only what the first wrote is read here.
+    into_BHNK = contract("HKD,BND->BHNK", ov.right[0], into_LBHN[1, ..., :-1])
+    virtual = contract("BHNS,CBSHK,BHNK->CHNB", chain_BHNS, value_CBSHK, into_BHNK)
+    return {"heads": heads, "virtual": virtual}
+
+
+def _with_ones(
+    model: Transformer, stream: ResidualStream, names: tuple[str, ...], read_LCBTD: Array
+) -> Float[Array, "L C B T N"]:
+    """What heads read of the sources, over the norm's scale, and a one for "bias" (N = D + 1)."""
+    # A head's biases stand in the last row of `ov.left`. They count once, as part of "bias".
+    read_LCBTD = read_LCBTD / _scale(model, stream, "norm_attn_scale")[:, None, ..., None]
+    one = jnp.array([name == "bias" for name in names], read_LCBTD.dtype)
+    one = jnp.broadcast_to(one[None, :, None, None, None], (*read_LCBTD.shape[:-1], 1))
+    return jnp.concatenate([read_LCBTD, one], -1)
+
+
+def _sources(model: Transformer, stream: ResidualStream) -> tuple[tuple[str, ...], Array, Array]:
+    """The sources' names, and their writes: in all `[C,B,T,D]`, before each layer `[L,C,...]`."""
     acc, n_layers = model.config.acc, model.config.n_layers
-    embed_BTD = stream.embed.astype(acc)
-    found, every = {}, (n_layers, *embed_BTD.shape)
-    if model.w_pos is not None:
+    at_start = {"embed": stream.embed.astype(acc)}
+    if model.w_pos is not None:  # the embedding holds the learned positions: they are told apart
         padding = Padding.of(stream.mask.shape, stream.mask)
-        pos_BTD = model.embed_positions(padding.rank)
-        found["pos"] = jnp.where(stream.mask[..., None], pos_BTD, 0)
-        embed_BTD = embed_BTD - found["pos"]
-    found = {"embed": embed_BTD, **found}
-    direct = dict(found)
-    read = {name: jnp.broadcast_to(x[None], every) for name, x in found.items()}
-    written = {"bias": _bias(model, stream)}
+        pos_BTD = jnp.where(stream.mask[..., None], model.embed_positions(padding.rank), 0)
+        at_start = {"embed": at_start["embed"] - pos_BTD, "pos": pos_BTD}
+    whole = dict(at_start)
+    before = {n: jnp.broadcast_to(x[None], (n_layers, *x.shape)) for n, x in at_start.items()}
+    written = {"bias": _biases(model, stream)}
     if "mlp_out" not in stream.lacks:
         written["mlp"] = stream.mlp_out.astype(acc)
+    # A layer reads what was written before it: the cumulative sum without its own write.
     for name, x_LBTD in written.items():
-        direct[name] = x_LBTD.sum(0)
-        read[name] = jnp.cumsum(x_LBTD, 0) - x_LBTD
-    return tuple(direct), jnp.stack(list(direct.values())), jnp.stack(list(read.values()), 1)
+        whole[name] = x_LBTD.sum(0)
+        before[name] = jnp.cumsum(x_LBTD, 0) - x_LBTD
+    return tuple(whole), jnp.stack(list(whole.values())), jnp.stack(list(before.values()), 1)
 
 
-def _bias(model: Transformer, stream: ResidualStream) -> Float[Array, "L B T D"]:
+def _biases(model: Transformer, stream: ResidualStream) -> Float[Array, "L B T D"]:
     """What attention of each layer writes that no head does."""
-    config, acc = model.config, model.config.acc
-    found = []
-    for blocks, layers in model.stacks():
-        b_o, norm = blocks.attn.b_o, blocks.norm_attn_out
-        own = jnp.zeros((len(layers), config.d_model), acc) if b_o is None else b_o[...].astype(acc)
-        after = jnp.zeros_like(own)
-        if norm is not None:
-            own = norm.centre(own) * (1 if norm.gain is None else norm.gain)
-            after = after if norm.b is None else norm.b[...].astype(acc)
-        found.append((own, after))
-    own_LD, after_LD = (jnp.concatenate(x)[:, None, None] for x in zip(*found, strict=True))
-    share_LBT = _scale(model, stream, "norm_attn_out_scale")
-    written = config.residual_scale * (own_LD / share_LBT[..., None] + after_LD)
-    return jnp.where(stream.mask[None, ..., None], written, 0)
+    config = model.config
+
+    def step(state: None, place: Place, scale_BT: Array) -> tuple[None, Array]:
+        b_o, norm = place.block.attn.b_o, place.block.norm_attn_out
+        # The output's bias passes the norm of the output, and that norm's own bias comes after.
+        zero_D = jnp.zeros(config.d_model, config.acc)
+        bias_D = zero_D if b_o is None else b_o[...].astype(config.acc)
+        bias_D = bias_D if norm is None else norm.linear(bias_D)
+        after_D = zero_D if norm is None or norm.b is None else norm.b[...].astype(config.acc)
+        written_BTD = bias_D[None, None] / scale_BT[..., None] + after_D[None, None]
+        return state, config.residual_scale * written_BTD
+
+    scale_LBT = _scale(model, stream, "norm_attn_out_scale")
+    biases_LBTD = walk(model, step, None, scale_LBT).found
+    return jnp.where(stream.mask[None, ..., None], biases_LBTD, 0)
 
 
 def _scale(model: Transformer, stream: ResidualStream, name: str) -> Float[Array, "L B T"]:
@@ -282,16 +275,3 @@ def _scale(model: Transformer, stream: ResidualStream, name: str) -> Float[Array
     if name in stream.lacks or value is None:
         return jnp.ones((model.config.n_layers, *stream.mask.shape), model.config.acc)
     return value
-
-
-def _check_linear(model: Transformer) -> None:
-    """Raises unless heads read the stream linearly, but for norms in front and behind."""
-    config = model.config
-    for name, value, must in (
-        ("norm_placement", config.norm_placement, not config.norms_stream),
-        ("clip_qkv", config.clip_qkv, config.clip_qkv is None),
-    ):
-        if not must:
-            got = f"one with {name}={value!r}"
-            do = "paths are not defined there; decompose by head"
-            raise ValueError(expected("model", "one whose stream is a plain sum", got, do))

@@ -5,14 +5,15 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.circuits.matrices import Factored, Head, checked_head, of_head, ov_of
-from arrakis_jax.circuits.path_expansion import _FIELDS, _check_linear
+from arrakis_jax.circuits.factored import Factored
+from arrakis_jax.circuits.heads import HEAD_FIELDS, Head, HeadIndex, check_linear, checked_head
+from arrakis_jax.circuits.matrices import of_head, ov_of_layer
 from arrakis_jax.core.axes import Array, Float
-from arrakis_jax.core.checks import Mask, Tokens, checked_tokens
+from arrakis_jax.core.checks import Mask, Tokens
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.source import batch_of, over_layers, stream_of
+from arrakis_jax.forward.source import Source, source_of
 from arrakis_jax.nn.transformer import Layer, Transformer
 from arrakis_jax.results.record import Record
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
@@ -27,8 +28,8 @@ class VirtualHead(Record):
 
     Attributes:
         pattern: `[B,T,S]`, `A_second A_first`: how position i looks at j through both.
-        weight: `[B,T,S]`, the same with the scales of the norms on the way, as they were: those
-            that both heads read through, and write through.
+        weight: `[B,T,S]`, the same over the scales of the norms that both heads read through and
+            write through, as they were in this forward.
         ov: `W_OV^first W_OV^second`, with the norms' gains and centring folded in.
     """
 
@@ -46,7 +47,7 @@ def virtual_head(
     mask: Mask | None = None,
     check: bool = False,
 ) -> VirtualHead:
-    """What a head of a later layer moves of what a head of an earlier one has moved.
+    """What two heads do in a row: the second reads what the first has written.
 
     `pattern = A_second A_first` and `ov = W_OV^first W_OV^second`. New heads do not recompile.
 
@@ -69,55 +70,52 @@ def virtual_head(
     Example:
         >>> model, tokenizer = demo_model()
         >>> tokens, mask = encode(tokenizer, "Alice and Tom")
-        >>> found = virtual_head(model, tokens, first=(1, 2), second=(2, 0), mask=mask)
-        >>> found.pattern.shape, found.ov.shape
+        >>> chain = virtual_head(model, tokens, first=(1, 2), second=(2, 0), mask=mask)
+        >>> chain.pattern.shape, chain.ov.shape
         ((1, 4, 4), (128, 128))
 
     Reference:
         Elhage et al. 2021, "Virtual Attention Heads".
     """
-    config = model.config
-    _check_linear(model)
+    check_linear(model.config)
     pair = (checked_head(model, first, "first"), checked_head(model, second, "second"))
     layers = [head[0] for head in pair]
     if all(isinstance(layer, int) for layer in layers) and layers[0] >= layers[1]:
         do = "a head reads what earlier layers wrote"
         must = f"in a layer after that of `first`, {layers[0]}"
         raise ValueError(expected("second", must, f"layer {layers[1]}", do))
-    stream = stream_of(tokens, mask)
-    if stream is None:
-        tokens, mask = checked_tokens(config, tokens, mask, check=check)
-        return _virtual(model, tokens, mask, *pair)
-    return _virtual(model, batch_of(stream), None, *pair)
+    return _virtual(model, source_of(model, tokens, mask, check=check, batch=True), *pair)
 
 
 @compiled()
-def _virtual(model, source, mask, first, second):
+def _virtual(
+    model: Transformer, source: Source, first: HeadIndex, second: HeadIndex
+) -> VirtualHead:
     acc = model.config.acc
-    shape = source.mask.shape if isinstance(source, ResidualStream) else source.shape
-    none = jnp.zeros((*shape, shape[-1]), acc)
-    none = (none, none)
+    zero_BTS = jnp.zeros((*source.shape, source.shape[-1]), acc)
 
     def step(state: tuple, layer: Layer) -> tuple[tuple, None]:
         stream = layer.stream
         into, out = stream.norm_attn_scale, stream.norm_attn_out_scale
 
-        def of(head: Array) -> tuple[Array, Array]:
+        def pattern_and_weight(head: Array) -> tuple[Array, Array]:
             pattern = jnp.take(stream.pattern, head, 1).astype(acc)
+            # The norm before divides what is read at S, the norm after what is written at T.
             weight = pattern if into is None else pattern / into[:, None]
             return pattern, weight if out is None else weight / out[..., None]
 
-        def kept(wanted: tuple, held: tuple) -> tuple[Array, ...]:
-            here = layer.index == wanted[0]
-            pairs = zip(of(wanted[1]), held, strict=True)
-            return tuple(jnp.where(here, new, old) for new, old in pairs)
+        def at_its_layer(wanted: HeadIndex, state: tuple) -> tuple[Array, ...]:
+            pairs = zip(pattern_and_weight(wanted[1]), state, strict=True)
+            return tuple(jnp.where(layer.index == wanted[0], new, old) for new, old in pairs)
 
-        return (kept(first, state[0]), kept(second, state[1])), None
+        return (at_its_layer(first, state[0]), at_its_layer(second, state[1])), None
 
-    sooner, later = over_layers(model, source, mask, _FIELDS, (none, none), step).state
-    of = ov_of(model.config, fold=True, biases=False)
+    # The layers may be traced: the state picks both patterns as they pass, no other is kept.
+    start = ((zero_BTS, zero_BTS), (zero_BTS, zero_BTS))
+    earlier, later = source.over_layers(model, HEAD_FIELDS, start, step)[1].state
+    of = ov_of_layer(model.config, fold=True, biases=False)
     return VirtualHead(
-        pattern=contract("BNT,BTS->BNS", later[0], sooner[0]),
-        weight=contract("BNT,BTS->BNS", later[1], sooner[1]),
-        ov=of_head(model, of, *first) @ of_head(model, of, *second),
+        pattern=contract("BNT,BTS->BNS", later[0], earlier[0]),
+        weight=contract("BNT,BTS->BNS", later[1], earlier[1]),
+        ov=of_head(model, of, first) @ of_head(model, of, second),
     )

@@ -1,160 +1,115 @@
 """The logits that attention and MLPs bring, attributed to the input's tokens through ALTI."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.core.axes import Array, Bool, Float, over
-from arrakis_jax.core.numerics import contract, norm, ratio
-from arrakis_jax.forward.source import over_layers
-from arrakis_jax.frozen.attention import READ, Read, read
-from arrakis_jax.frozen.reads import logit_direction, logit_reader
+from arrakis_jax.core.axes import Array, Float, Int, over
+from arrakis_jax.core.numerics import contract
+from arrakis_jax.forward.source import Source
+from arrakis_jax.frozen.attention import BROUGHT_FIELDS, Brought, attention_brought
+from arrakis_jax.frozen.reads import LayerReader, StreamReader, logit_direction, logit_reader
 from arrakis_jax.movement.contributions import alti, identity, normalised, on_diagonal, weights_of
-from arrakis_jax.nn.block import Block
 from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.transformer import Layer, Transformer
-from arrakis_jax.stream.residuals import ResidualStream
-
-
-class Reading(NamedTuple):
-    """What reads the target's logit in a layer, and how the stream's norms change it on the way.
-
-    Attributes:
-        mid: `[B,T,D]`, the direction that reads it after attention.
-        post: `[B,T,D]`, and after the MLP.
-        attn: `[B,T]`, what a logit is multiplied by on passing the norm of attention.
-        mlp: `[B,T]`, and the norm of the MLP.
-    """
-
-    mid: Float[Array, "B T D"]
-    post: Float[Array, "B T D"]
-    attn: Float[Array, "B T"]
-    mlp: Float[Array, "B T"]
 
 
 def logit_flow(
     model: Transformer,
-    source: Array | ResidualStream,
-    mask: Array | None,
-    real: Bool[Array, "B T"],
-    targets: Array,
-    against: Array | None,
+    source: Source,
+    targets: Int[Array, "B T"],
+    against: Int[Array, "B T"] | None,
     complete: bool,
     layers: bool,
 ) -> dict[str, Any]:
-    """The fields of an InformationFlow, for each position's own target."""
-    config = model.config
+    """The fields of an InformationFlow, for each position's own target.
+
+    One walk goes on with the flow from the input, the logits so far, and what no token brings. On
+    passing a norm of the stream, everything brought so far is multiplied by one factor.
+    """
+    config, real = model.config, source.padding.real
     u, bias = logit_reader(model, targets, against)
     r, offset = logit_direction(model, u)
-    first, size, readings = _readings(model, r)
+    reader = StreamReader.of(model, r)
+    size = reader.size
 
     def step(state: tuple, layer: Layer) -> tuple[tuple, dict[str, Array]]:
         flow, empty, logits, constant = state
-        brought = read(model, layer)
-        at = _reading(model, layer, r, readings)
+        brought = attention_brought(model, layer)
+        at = reader.at(layer)
         q_BTS = _attention_logits(brought, at.mid)
-        own, total = normalised(alti(brought))
-        after = contract("BTN,BNS->BTS", own, flow)
+        rows, total = normalised(alti(brought))
+        after = contract("BTN,BNS->BTS", rows, flow)
+        # What was brought before passes this layer's norm. What attention brings from a position is
+        # shared among the tokens of that position's mixture.
         logits = logits * at.attn[..., None] + contract("BTN,BNS->BTS", q_BTS, flow)
         constant = constant * at.attn + (brought.bias * at.mid).sum(-1)
+        # A mixture whose tokens do not sum to 1 leaves a rest, which keeps the sum exact.
         constant = constant + (q_BTS * _lost(flow)[:, None]).sum(-1)
         logits, constant = logits * at.mlp[..., None], constant * at.mlp
         if complete and layer.stream.mlp_out is not None:
             m_BT, bias_BT = _mlp_logits(model, layer, at)
-            rows = flow if config.parallel else after  # of what the MLP reads
-            logits = logits + m_BT[..., None] * rows
-            constant = constant + bias_BT + m_BT * _lost(rows)
-        found = {"q": q_BTS, "passed": at.attn * at.mlp, "mlp": at.mlp} if layers else {}
-        return (after, empty | ((total == 0) & real), logits, constant), found
+            mixture = flow if config.parallel else after  # the tokens in what the MLP reads
+            logits = logits + m_BT[..., None] * mixture
+            constant = constant + bias_BT + m_BT * _lost(mixture)
+        facts = {"q": q_BTS, "passed": at.attn * at.mlp, "mlp": at.mlp} if layers else {}
+        return (after, empty | ((total == 0) & real), logits, constant), facts
 
-    fields = READ if model.norm_final is None else (*READ, "norm_final_scale")
+    # Fields that a captured stream need not have are asked for only where they are read.
+    fields = BROUGHT_FIELDS if model.norm_final is None else (*BROUGHT_FIELDS, "norm_final_scale")
     fields = (*fields, "norm_mlp_scale") if config.norms_stream else fields
     fields = (*fields, "embed", "mlp_out") if complete else fields
     flow = identity(real, config.acc)
     logits, constant = jnp.zeros_like(flow), jnp.zeros(real.shape, config.acc)
     if complete:
-        logits = on_diagonal(logits, _embedded(model, source, mask, first))
+        logits = on_diagonal(logits, _along(_embedded(model, source), reader.first))
     start = (flow, jnp.zeros(real.shape, bool), logits, constant)
-    passed = over_layers(model, source, mask, fields, start, step)
-    _, empty, logits, constant = passed.state
-    scale = jnp.ones_like(size) if model.norm_final is None else passed.stream.norm_final_scale
+    stream, walked = source.over_layers(model, fields, start, step)
+    _, empty, logits, constant = walked.state
+    # The final scale, and the length that directions leave out, come in once for all layers.
+    scale = jnp.ones_like(size) if model.norm_final is None else stream.norm_final_scale
+    share = jnp.where(real, size / scale, 0)
     logits = jnp.where(real[..., None], logits * (size / scale)[..., None], 0)
-    constant = jnp.where(real, constant * size / scale + offset + bias, 0)
     result = {"tokens": logits, "empty": empty}
+    if complete:
+        result["constant"] = jnp.where(real, constant * size / scale + offset + bias, 0)
     if layers:
-        found = passed.stacked
-        later = jax.lax.cumprod(found["passed"], axis=0, reverse=True)
-        later = jnp.concatenate([later[1:], jnp.ones_like(later[:1])])
-        factor = found["mlp"] * later * over(jnp.where(real, size / scale, 0), later)
-        result["layers"] = found["q"] * factor[..., None]
-    return result | ({"constant": constant} if complete else {})
+        result["layers"] = _layer_logits(walked.found, share)
+    return result
 
 
-def _embedded(
-    model: Transformer, source: Array | ResidualStream, mask: Array | None, r: Array
-) -> Float[Array, "B T"]:
-    """What the embedding of each position reads along `r`."""
-    if isinstance(source, ResidualStream):
-        source.need("embed")
-        return _along(source.embed, r)
-    return _along(model.embed(source, mask=mask), r)
+def _layer_logits(facts: dict[str, Array], share: Float[Array, "B T"]) -> Float[Array, "L B T S"]:
+    """The logits that each layer's attention brings, times what later norms multiply them by."""
+    later = jax.lax.cumprod(facts["passed"], axis=0, reverse=True)
+    # The norms after a layer, not its own: the product from the next layer on.
+    later = jnp.concatenate([later[1:], jnp.ones_like(later[:1])])
+    return facts["q"] * (facts["mlp"] * later * over(share, later))[..., None]
 
 
-def _readings(model: Transformer, r: Array) -> tuple[Array, Array, Reading | None]:
-    """What reads the embedding, the length of `r`, and what reads in each layer, `[L,...]`.
-
-    None where `r` itself reads everywhere. Else directions are of length 1, the norms' scales are
-    left out, and what reads a norm's input is `centre(gain * what reads its output)`.
-    """
-    if not model.config.norms_stream:
-        return r, jnp.ones_like(r[..., 0]), None
-
-    def back(post: Array, block: Block) -> tuple[Array, Reading]:
-        mid, mlp = _before(block.norm_mlp, post)
-        pre, attn = _before(block.norm_attn, mid)
-        return pre, Reading(mid, post, attn, mlp)
-
-    size = norm(r)
-    r, found = ratio(r, size[..., None]), []
-    for blocks, _ in reversed(model.stacks()):
-        r, own = jax.lax.scan(back, r, blocks, reverse=True)
-        found.insert(0, own)
-    return r, size, jax.tree.map(lambda *x: jnp.concatenate(x), *found)
+def _embedded(model: Transformer, source: Source) -> Float[Array, "B T D"]:
+    """What the walk begins with, which it hands over only at its end."""
+    if source.tokens is None:
+        return source.stream(model, ("embed",)).embed
+    return model.embed(source.tokens, mask=source.mask)
 
 
-def _before(stream_norm: Norm | None, r: Array) -> tuple[Array, Array]:
-    """The unit direction that reads a norm's input as `r` does its output, and a factor."""
-    assert stream_norm is not None
-    r = stream_norm.centre(stream_norm.gained(r))
-    size = norm(r)
-    return ratio(r, size[..., None]), size
-
-
-def _reading(model: Transformer, layer: Layer, r: Array, readings: Reading | None) -> Reading:
-    """What reads in this layer, with the scales of its norms."""
-    if readings is None:
-        one = jnp.ones_like(r[..., 0])
-        return Reading(r, r, one, one)
-    at: Reading = jax.tree.map(lambda x: x[layer.index], readings)
-    stream = layer.stream
-    return at._replace(attn=at.attn / stream.norm_attn_scale, mlp=at.mlp / stream.norm_mlp_scale)
-
-
-def _attention_logits(brought: Read, r: Float[Array, "B T D"]) -> Float[Array, "B T S"]:
+def _attention_logits(brought: Brought, r: Float[Array, "B T D"]) -> Float[Array, "B T S"]:
     """`sum_h a[h,t,s] v[s,h] w_o[h] . r[t]`."""
+    # W_O meets the direction first: no head's vectors of width D are formed.
     w_BTHK = contract("HKD,BTD->BTHK", brought.w_o, r)
     read_BHTS = contract("BTHK,BSHK->BHTS", w_BTHK, brought.v)
     return (weights_of(brought) * read_BHTS).sum(1)
 
 
-def _mlp_logits(model: Transformer, layer: Layer, at: Reading) -> tuple[Array, Array]:
-    """What the MLP brings, and the bias of a norm of the stream."""
+def _mlp_logits(model: Transformer, layer: Layer, at: LayerReader) -> tuple[Array, Array]:
+    """The logits that the MLP brings, and those of the bias of a norm of the stream."""
     out_BTD = layer.stream.mlp_out.astype(model.config.acc)
     stream_norm: Norm | None = layer.block.norm_mlp if model.config.norms_stream else None
     bias_BT = jnp.zeros_like(at.mlp)
     if stream_norm is not None and stream_norm.b is not None:
         bias_BT = _along(over(stream_norm.b[...].astype(out_BTD.dtype), out_BTD), at.post)
+    # With the norm after the sum, the MLP's output passes it, as the stream does.
     if model.config.norm_placement == "stream_after":
         return _along(out_BTD, at.mid) * at.mlp, bias_BT
     return _along(out_BTD, at.post), bias_BT
@@ -165,5 +120,5 @@ def _along(x: Float[Array, "B T D"], r: Float[Array, "B T D"]) -> Float[Array, "
 
 
 def _lost(flow: Float[Array, "B T S"]) -> Float[Array, "B T"]:
-    """What of each position does not come from any token: all where nothing contributed."""
+    """The share of each position that comes from no token: all where nothing contributed."""
     return 1 - flow.sum(-1)

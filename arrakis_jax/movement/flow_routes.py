@@ -9,17 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from arrakis_jax.core.axes import Array, Bool, Float, Int
-from arrakis_jax.core.checks import Ids, Mask, Tokens, checked_position, checked_tokens
+from arrakis_jax.core.checks import Ids, Mask, Tokens, checked_position
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import ratio
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.source import batch_of, over_layers, stream_of
-from arrakis_jax.frozen.attention import READ, read
+from arrakis_jax.forward.source import Source, source_of
+from arrakis_jax.frozen.attention import BROUGHT_FIELDS, attention_brought
 from arrakis_jax.movement.contributions import brought_nearness, nearness
-from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.transformer import Layer, Transformer
 from arrakis_jax.results.record import ABSENT, Record
-from arrakis_jax.stream.padding import Padding
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 
 
@@ -85,13 +83,15 @@ class FlowRoutes(Record):
             return ("resid_post", layer - 1, t) if layer else ("embed", t)
 
         def add(a: tuple, to: tuple, weight: Any, kind: str, layer: int, head: Any = None) -> None:
-            about = {"weight": float(weight), "kind": kind, "layer": layer, "head": head}
-            graph.add_edge(a, to, key=(kind, head), **about)
+            # Several heads may join the same nodes: the key tells their edges apart.
+            facts = {"weight": float(weight), "kind": kind, "layer": layer, "head": head}
+            graph.add_edge(a, to, key=(kind, head), **facts)
 
         def edges(name: str, kept: str) -> Any:
             if getattr(self, name) is None:
                 return
             weight, wanted = (np.asarray(getattr(self, x)[:, b]) for x in (name, kept))
+            # An index is (layer, column), and for attention the edge's rank.
             for index in np.argwhere(wanted).tolist():
                 yield (*index[:2], tuple(index), weight[tuple(index)])
 
@@ -102,6 +102,7 @@ class FlowRoutes(Record):
             add(start, (mid, layer, t), weight, "attn", layer, int(head[at]))
         for layer, t, _, weight in edges("residual_attn", "kept_residual_attn"):
             add(before(layer, t), (mid, layer, t), weight, "residual", layer)
+        # An MLP is a node of its own; a parallel one reads the stream before the block.
         for layer, t, _, weight in edges("mlp", "kept_mlp"):
             start, node = (mid, layer, t) if halves else before(layer, t), ("mlp", layer, t)
             add(start, node, 1, "read", layer)
@@ -124,23 +125,23 @@ def flow_routes(
 
     The stream after attention at i is a sum of parts: what each head brings from each position,
     `A^h_ij v^h_j W_O^h`, and the stream `x_i` itself. A part's importance is
-    `max(0, |y|_1 - |y - part|_1)` over the sum of these, with y the stream after attention, biases
-    included (which are in no part). Likewise for the stream after the MLP, of which the MLP's
-    output and the stream it is added to are parts. From the end of the last layer at `position`,
-    edges above the threshold are followed back to the input.
+    `max(0, |y|_1 - |y - part|_1)` over the sum of these. Here y is the stream after attention with
+    its biases, which are in no part. The stream after the MLP has two parts: the MLP's output and
+    the stream that it is added to. From the end of the last layer at `position`, edges above the
+    threshold are followed back to the input.
 
     Our choices: parts are as written to the stream, through norms of the output with scales as
-    they were. Where norms are on the stream itself, parts are mapped by them, scales as they were,
-    and a norm's bias is in no part. In parallel blocks heads, MLP and stream are parts of one step,
-    and the MLP reads the stream before the block. Heads are not summed.
+    they were. Norms on the stream itself map the parts, with scales as they were, and a norm's bias
+    is in no part. In parallel blocks heads, MLP and stream are parts of one step, and the MLP reads
+    the stream before the block. Heads are not summed.
 
     Args:
         model: the transformer.
-        tokens: `[B,T]` token ids, or a stream captured with "all", of which nothing is run again.
+        tokens: `[B,T]` token ids, or a stream captured with "all", then not run again.
         position: of the prediction, counted in real tokens (-1 is each row's last): an int or
             `[B]`.
         threshold: in [0, 1]; edges must be more important. At most `1 / threshold` edges into a
-            position are, so that many are held (rounded up to a power of two); all with 0.
+            position can be: k is that, rounded up to a power of two. With 0 all edges are held.
         mask: `[B,T]`, with token ids.
         check: also check the values of arrays that are on an accelerator.
 
@@ -154,30 +155,30 @@ def flow_routes(
     Example:
         >>> model, tokenizer = demo_model()
         >>> tokens, mask = encode(tokenizer, ["Alice and Tom", "Lucy"])
-        >>> found = flow_routes(model, tokens, mask=mask)
-        >>> found.weight.shape, bool((found.edge_count > 0).all())
+        >>> routes = flow_routes(model, tokens, mask=mask)
+        >>> routes.weight.shape, bool((routes.edge_count > 0).all())
         ((4, 2, 4, 16), True)
-        >>> ("resid_post", 3, 3) in found.graph(0)
+        >>> ("resid_post", 3, 3) in routes.graph(0)
         True
 
     Reference:
         Ferrando & Voita 2024, Information Flow Routes, section 2.
     """
-    stream = stream_of(tokens, mask)
-    if stream is None:
-        source, mask = checked_tokens(model.config, tokens, mask, check=check)
-        shape, real = source.shape, mask
-    else:
-        source, mask = batch_of(stream), None
-        shape, real = source.mask.shape, source.mask
-    position = checked_position(position, shape[0], real, shape[1])
-    edges = _most_edges(threshold, shape[1] * model.config.n_heads)
+    source = source_of(model, tokens, mask, check=check, batch=True)
+    n_rows, length = source.shape
+    position = checked_position(position, n_rows, source.mask, length)
+    edges = _most_edges(threshold, length * model.config.n_heads)
+    # The level is traced: only k, the number of edges, decides shapes and programs.
     level = np.asarray(threshold, model.config.acc)
-    return _routes(model, source, mask, position, level, edges=edges)
+    return _routes(model, source, position, level, edges=edges)
 
 
 def _most_edges(threshold: Any, edges: int) -> int:
-    """How many of one position's edges may be above the threshold."""
+    """How many of one position's edges may be above the threshold: the static k of the result.
+
+    Importances into a position sum to at most 1, so that fewer than `1 / threshold` exceed it.
+    Rounded up to a power of two, so that similar thresholds share a program.
+    """
     number = isinstance(threshold, int | float | np.number) and not isinstance(threshold, bool)
     if not number or not 0 <= threshold <= 1:
         do = "it decides the result's shape, so it must be known before tracing"
@@ -187,30 +188,55 @@ def _most_edges(threshold: Any, edges: int) -> int:
     return min(edges, 2 ** (ceil(1 / float(threshold)) - 1).bit_length())
 
 
+class LayerEdges(NamedTuple):
+    """Importances of the edges into the positions of a layer, or which of these edges are kept."""
+
+    attn: Array
+    residual_attn: Array
+    mlp: Any = None
+    residual_mlp: Any = None
+    source: Any = None
+    head: Any = None
+
+
 @compiled("edges")
-def _routes(model, source, mask, position, threshold, *, edges):
+def _routes(
+    model: Transformer,
+    source: Source,
+    position: Int[Array, " B"],
+    threshold: np.ndarray,
+    *,
+    edges: int,
+) -> FlowRoutes:
     config = model.config
-    fields = (*READ, "mlp_out", "final", *(("norm_mlp_scale",) if config.norms_stream else ()))
-    passed = over_layers(
-        model, source, mask, fields, None, lambda _, layer: (None, _edges(model, layer, edges))
+    fields = (
+        *BROUGHT_FIELDS,
+        "mlp_out",
+        "final",
+        *(("norm_mlp_scale",) if config.norms_stream else ()),
     )
-    found: Edges = passed.stacked
-    padding = Padding.of(passed.stream.mask.shape, passed.stream.mask)
+    _, walked = source.over_layers(
+        model, fields, None, lambda _, layer: (None, _edges(model, layer, edges))
+    )
+    all_edges: LayerEdges = walked.found
+    padding = source.padding
     index, exists = padding.columns(position[:, None])
     end = (jnp.arange(padding.real.shape[1])[None] == index) & exists
 
-    def back(reached: Array, layer: Edges) -> tuple[Array, Edges]:
+    def back(reached: Array, layer: LayerEdges) -> tuple[Array, LayerEdges]:
         return _followed(reached, layer, threshold, config.parallel)
 
-    inputs, kept = jax.lax.scan(back, end, found, reverse=True)
+    # The graph is a few masks, so it is followed through all positions at once, layer by layer.
+    inputs, kept = jax.lax.scan(back, end, all_edges, reverse=True)
+    # Edges of all kinds of an example: every axis but the batch is summed over.
     counts = [x.sum(tuple(i for i in range(x.ndim) if i != 1)) for x in jax.tree.leaves(kept)]
     return FlowRoutes(
-        weight=found.attn,
-        source=found.source,
-        head=found.head,
-        residual_attn=found.residual_attn,
-        mlp=found.mlp,
-        residual_mlp=found.residual_mlp,
+        weight=all_edges.attn,
+        source=all_edges.source,
+        head=all_edges.head,
+        residual_attn=all_edges.residual_attn,
+        mlp=all_edges.mlp,
+        residual_mlp=all_edges.residual_mlp,
         kept=kept.attn,
         kept_residual_attn=kept.residual_attn,
         kept_mlp=kept.mlp,
@@ -221,22 +247,12 @@ def _routes(model, source, mask, position, threshold, *, edges):
     )
 
 
-class Edges(NamedTuple):
-    """Importances of the edges into the positions of a layer, or which are kept."""
-
-    attn: Array
-    residual_attn: Array
-    mlp: Any = None
-    residual_mlp: Any = None
-    source: Any = None
-    head: Any = None
-
-
-def _edges(model: Transformer, layer: Layer, k: int) -> Edges:
+def _edges(model: Transformer, layer: Layer, k: int) -> LayerEdges:
     """A layer's edges, of attention the k most important into each position."""
     config, stream = model.config, layer.stream
-    brought = read(model, layer)
+    brought = attention_brought(model, layer)
     mlp_BTD = None if stream.mlp_out is None else stream.mlp_out.astype(config.acc)
+    # In a parallel block heads, MLP and stream add up in one step, and share one total.
     together = config.parallel and mlp_BTD is not None
     whole_BTD = layer.resid_post.astype(config.acc) if together else brought.total
     attn_BTSH = brought_nearness(brought, whole_BTD, by_head=True)
@@ -249,36 +265,33 @@ def _edges(model: Transformer, layer: Layer, k: int) -> Edges:
         mlp_BT = ratio(mlp_BT, total_BT)
     elif mlp_BTD is not None:
         mlp_BT, residual_mlp_BT = _mlp_step(model, layer, mlp_BTD)
+    # The largest are taken before the division by the total, which is the same for all.
     weight, index = jax.lax.top_k(attn_BTSH.reshape(*total_BT.shape, -1), k)
     source, head = jnp.divmod(index, config.n_heads)
     weight, residual_BT = ratio(weight, total_BT[..., None]), ratio(residual_BT, total_BT)
-    return Edges(weight, residual_BT, mlp_BT, residual_mlp_BT, source, head)
+    return LayerEdges(weight, residual_BT, mlp_BT, residual_mlp_BT, source, head)
 
 
 def _mlp_step(model: Transformer, layer: Layer, mlp_BTD: Array) -> tuple[Array, Array]:
     """Importances of the MLP's output and of what it is added to."""
-    config, stream = model.config, layer.stream
+    config, stream, norm = model.config, layer.stream, layer.block.norm_mlp
     own_BTD = stream.resid_mid.astype(config.acc)
     if config.norms_stream:  # the MLP adds to the normed stream, or its sum is normed
-        norm: Norm | None = layer.block.norm_mlp
-
-        def normed(x: Array) -> Array:
-            assert norm is not None
-            return norm.gained(norm.centre(x)) / stream.norm_mlp_scale[..., None]
-
-        own_BTD = normed(own_BTD)
-        mlp_BTD = normed(mlp_BTD) if config.norm_placement == "stream_after" else mlp_BTD
+        assert norm is not None
+        own_BTD = norm.linear(own_BTD) / stream.norm_mlp_scale[..., None]
+        if config.norm_placement == "stream_after":
+            mlp_BTD = norm.linear(mlp_BTD) / stream.norm_mlp_scale[..., None]
     whole_BTD = layer.resid_post.astype(config.acc)
     mlp_BT, own_BT = nearness(mlp_BTD, whole_BTD), nearness(own_BTD, whole_BTD)
     return ratio(mlp_BT, mlp_BT + own_BT), ratio(own_BT, mlp_BT + own_BT)
 
 
 def _followed(
-    reached: Bool[Array, "B T"], layer: Edges, threshold: Array, parallel: bool
-) -> tuple[Bool[Array, "B T"], Edges]:
+    reached: Bool[Array, "B T"], layer: LayerEdges, threshold: np.ndarray, parallel: bool
+) -> tuple[Bool[Array, "B T"], LayerEdges]:
     """From the positions reached after a layer, those before it, and the edges between."""
     kept_mlp = kept_residual = None
-    mid = reached
+    mid = reached  # where the layer has one step, its middle is its end
     if layer.mlp is not None:
         kept_mlp = reached & (layer.mlp > threshold)
     if layer.residual_mlp is not None:
@@ -286,9 +299,10 @@ def _followed(
         mid = kept_mlp | kept_residual
     attn = mid[..., None] & (layer.attn > threshold)
     residual = mid & (layer.residual_attn > threshold)
+    # A source is reached by any of its kept edges; as a scatter, no `[B,T,S]` mask is made.
     rows = jnp.arange(reached.shape[0])[:, None, None]
     hits = jnp.zeros(reached.shape, jnp.int32).at[rows, layer.source].max(attn.astype(jnp.int32))
     before = residual | (hits > 0)
     if parallel and kept_mlp is not None:
         before = before | kept_mlp
-    return before, Edges(attn, residual, kept_mlp, kept_residual)
+    return before, LayerEdges(attn, residual, kept_mlp, kept_residual)

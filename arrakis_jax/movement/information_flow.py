@@ -7,22 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.core.axes import Array, Bool, Float
-from arrakis_jax.core.checks import Ids, Mask, Tokens, checked_choice, checked_ids, checked_tokens
+from arrakis_jax.core.axes import Array, Bool, Float, Int
+from arrakis_jax.core.checks import Ids, Mask, Tokens, checked_choice, checked_ids
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.source import batch_of, over_layers, stream_of
-from arrakis_jax.frozen.attention import READ, read
+from arrakis_jax.forward.source import Source, source_of
+from arrakis_jax.frozen.attention import BROUGHT_FIELDS, attention_brought
 from arrakis_jax.movement.alti_logit import logit_flow
 from arrakis_jax.movement.contributions import alti, brought_norms, identity, mixing, normalised
 from arrakis_jax.nn.transformer import Layer, Transformer
 from arrakis_jax.results.record import ABSENT, Record
-from arrakis_jax.stream.padding import Padding
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 
 TO_LOGITS = ("alti_logit", "alti_logit_complete")
-METHODS = ("attention", "value_weighted", "mixing", "rollout", "alti", *TO_LOGITS)
+FLOW_METHODS = ("attention", "value_weighted", "mixing", "rollout", "alti", *TO_LOGITS)
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +39,7 @@ class InformationFlow(Record):
             norms themselves. Only with `layers`, and not for logits.
         mixing_ratio: `[L,B,T]`, for "mixing": the norm of all that other positions bring over that
             plus the norm of what a position keeps.
-        constant: `[B,T]`, for "alti_logit_complete": what no token brings.
+        constant: `[B,T]`, for "alti_logit_complete": the part of the logit that no token brings.
     """
 
     tokens: Float[Array, "B T S"]
@@ -75,19 +74,19 @@ def information_flow(
     - "mixing": `|f_ij + [i=j] x_i|`, with the stream `x_i` that attention adds to.
     - "alti": `max(0, |y_i|_1 - |y_i - f_ij - [i=j] x_i|_1)`.
     - "alti_logit": the logits `q^l_ij` that attention brings from j to i in layer l, attributed
-      through the layers before by "alti": `sum_l q^l C_{l-1} ... C_1`, as published. What the
-      embedding and MLPs write is left out, so that it does not sum to the logit.
-    - "alti_logit_complete": ours, with the embedding's logits at i itself, and those of MLPs (their
-      biases included) attributed as the stream that they read is. `tokens.sum(-1) + constant` is
-      the logit (before a soft-cap).
+      through the layers before by "alti": `sum_l q^l C_{l-1} ... C_1`, as published. It leaves out
+      what the embedding and MLPs write, so that it does not sum to the logit.
+    - "alti_logit_complete": ours. The embedding's logits belong to i itself. The logits of an MLP,
+      its biases included, are attributed as the stream that it reads. `tokens.sum(-1) + constant`
+      is the logit (before a soft-cap).
 
     Rows are renormalised where attention has sinks. The MLP is taken to keep the mixture as it is,
-    except for its logits. The logits are those of each position's own target; norms that they pass
+    except for its logits. Each position has a target of its own; norms that its logit passes
     through are frozen.
 
     Args:
         model: the transformer.
-        tokens: `[B,T]` token ids, or a stream captured with "all", of which nothing is run again.
+        tokens: `[B,T]` token ids, or a stream captured with "all", then not run again.
         targets: for logits: token ids, an int, `[B]`, or `[B,T]`.
         method: one of those above.
         against: token ids whose logit is subtracted, or None.
@@ -106,37 +105,31 @@ def information_flow(
     Example:
         >>> model, tokenizer = demo_model()
         >>> tokens, mask = encode(tokenizer, ["Alice and Tom", "Lucy"])
-        >>> found = information_flow(model, tokens, mask=mask)
-        >>> found.tokens.shape, bool(jnp.allclose(found.tokens.sum(-1)[mask == 1], 1))
+        >>> flow = information_flow(model, tokens, mask=mask)
+        >>> flow.tokens.shape, bool(jnp.allclose(flow.tokens.sum(-1)[mask == 1], 1))
         ((2, 4, 4), True)
 
     Reference:
         Abnar & Zuidema 2020 (rollout); Kobayashi et al. 2020, section 2 (value_weighted), and
         2021, section 3 (mixing); Ferrando et al. 2022, section 3 (alti), and 2023 (alti_logit).
     """
-    config = model.config
-    checked_choice("method", method, METHODS)
+    checked_choice("method", method, FLOW_METHODS)
     if not isinstance(layers, bool | np.bool_):
         do = "only that decides what is returned"
         raise TypeError(expected("layers", "True or False", repr(layers), do))
+    # Targets that a method does not read would be ignored silently.
     if (targets is not None) != (method in TO_LOGITS) or (targets is None and against is not None):
         name = "targets" if targets is not None or method in TO_LOGITS else "against"
         must = "token ids" if method in TO_LOGITS else "None"
         got = "None" if targets is None and name == "targets" else "token ids"
         do = f"only {TO_LOGITS} contribute to a logit"
         raise ValueError(expected(name, f"{must} with method={method!r}", got, do))
-    stream = stream_of(tokens, mask)
-    if stream is None:
-        source, mask = checked_tokens(config, tokens, mask, check=check)
-        shape = source.shape
-    else:
-        source, mask = batch_of(stream), None
-        shape = source.mask.shape
+    source = source_of(model, tokens, mask, check=check, batch=True)
     ids = [
-        None if x is None else _ids(model, x, shape, name, check)
+        None if x is None else _ids(model, x, source.shape, name, check)
         for name, x in (("targets", targets), ("against", against))
     ]
-    return _flow(model, source, mask, *ids, method=method, layers=bool(layers))
+    return _flow(model, source, *ids, method=method, layers=bool(layers))
 
 
 def _ids(model: Transformer, ids: Any, shape: tuple[int, ...], name: str, check: bool) -> Array:
@@ -145,50 +138,55 @@ def _ids(model: Transformer, ids: Any, shape: tuple[int, ...], name: str, check:
         each = np.ndim(ids) == 2
     except ValueError:  # a ragged list
         each = False
-    given = shape if each else shape[:1]
-    ids = checked_ids(model.config, ids, given, name=name, check=check)
+    ids = checked_ids(model.config, ids, shape if each else shape[:1], name=name, check=check)
+    # One a row is the same target at each of its positions.
     return ids if each else jnp.broadcast_to(ids[:, None], shape)
 
 
 @compiled("method", "layers")
-def _flow(model, source, mask, targets, against, *, method, layers):
-    if isinstance(source, ResidualStream):
-        real = source.mask
-    else:
-        real = Padding.of(source.shape, mask).real
-    if method in TO_LOGITS:
+def _flow(
+    model: Transformer,
+    source: Source,
+    targets: Int[Array, "B T"] | None,
+    against: Int[Array, "B T"] | None,
+    *,
+    method: str,
+    layers: bool,
+) -> InformationFlow:
+    if targets is not None:
         complete = method == "alti_logit_complete"
-        found = logit_flow(model, source, mask, real, targets, against, complete, layers)
-        return InformationFlow(**found)
+        return InformationFlow(**logit_flow(model, source, targets, against, complete, layers))
+    real = source.padding.real
 
     def step(state: tuple, layer: Layer) -> tuple[tuple, dict[str, Array]]:
         flow, empty = state
-        found = {}
-        raw = _contributions(model, layer, method, found)
-        own, total = normalised(raw)
-        if layers:
-            found |= {"layers": own, "total": total}
-        return (contract("BTN,BNS->BTS", own, flow), empty | ((total == 0) & real)), found
+        contributions, facts = _contributions(model, layer, method)
+        rows, total = normalised(contributions)
+        if layers:  # `[L,B,T,S]`: only if asked for
+            facts |= {"layers": rows, "total": total}
+        # The mixture after the layer: that of each position it reads, in this layer's shares.
+        return (contract("BTN,BNS->BTS", rows, flow), empty | ((total == 0) & real)), facts
 
-    fields = ("pattern",) if method in ("attention", "rollout") else READ
+    # These two read patterns alone, so that a stream with nothing else will do.
+    fields = ("pattern",) if method in ("attention", "rollout") else BROUGHT_FIELDS
     start = (identity(real, model.config.acc), jnp.zeros(real.shape, bool))
-    passed = over_layers(model, source, mask, fields, start, step)
-    flow, empty = passed.state
-    return InformationFlow(tokens=flow, empty=empty, **passed.stacked)
+    _, walked = source.over_layers(model, fields, start, step)
+    flow, empty = walked.state
+    return InformationFlow(tokens=flow, empty=empty, **walked.found)
 
 
 def _contributions(
-    model: Transformer, layer: Layer, method: str, found: dict[str, Array]
-) -> Float[Array, "B T S"]:
-    """A layer's contributions before rows are normalised; what else there is goes to `found`."""
+    model: Transformer, layer: Layer, method: str
+) -> tuple[Float[Array, "B T S"], dict[str, Array]]:
+    """A layer's contributions before rows are normalised, and what else the method tells."""
     if method in ("attention", "rollout"):
         mean = layer.stream.pattern.astype(model.config.acc).mean(1)
-        own = identity(layer.stream.mask, mean.dtype)
-        return mean if method == "attention" else mean + own
-    brought = read(model, layer)
+        kept = identity(layer.stream.mask, mean.dtype)
+        return mean if method == "attention" else mean + kept, {}
+    brought = attention_brought(model, layer)
     if method == "value_weighted":
-        return brought_norms(brought)
+        return brought_norms(brought), {}
     if method == "mixing":
-        raw, found["mixing_ratio"] = mixing(brought)
-        return raw
-    return alti(brought)
+        norms, ratio = mixing(brought)
+        return norms, {"mixing_ratio": ratio}
+    return alti(brought), {}

@@ -9,13 +9,13 @@ from arrakis_jax.core.axes import Array, Bool, Float
 from arrakis_jax.core.checks import Mask, Tokens
 from arrakis_jax.core.numerics import contract, ratio
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.source import over_points
+from arrakis_jax.forward.source import Source, point_source
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.record import Record
-from arrakis_jax.stream.points import Points, centred, kept_tokens, point_capture, stream_points
+from arrakis_jax.stream.points import Points, centred, kept_tokens, point_fields, stream_points
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 
-# How many entries of Gram matrices exist at a time, over all points.
+# The most entries of Gram matrices that exist at a time, over all points.
 ENTRIES = 2**24
 
 
@@ -49,9 +49,9 @@ def linear_cka(
     that cancels. (The biased one tends to 1 if there are fewer tokens than dimensions.) It does
     not change when a point is rotated, scaled or shifted, and its diagonal is 1.
 
-    A diagnostic of which layers are alike, not a measure of how far anything moves: it is ruled by
-    the directions of largest variance, and two points may be alike while a feature that matters is
-    rewritten. Leave out the first position where activations there are massive.
+    A diagnostic of which layers are alike, not a measure of how far anything moves. The directions
+    of largest variance rule it: two points may be alike while a feature that matters is rewritten.
+    Leave out the first position where activations there are massive.
 
     Args:
         model: the transformer.
@@ -77,34 +77,27 @@ def linear_cka(
     Reference:
         Kornblith et al. 2019; Song et al. 2012 for the unbiased estimate; Nguyen et al. 2021.
     """
-    return over_points(_run_cka, _cka, model, tokens, mask, check, first=first, least=4)
+    source = point_source(model, tokens, mask, check, first=first, least=4)
+    return _linear_cka(model, source, first=bool(first))
 
 
 @compiled("first")
-def _run_cka(model, tokens, mask, *, first):
-    capture = point_capture(model.config)
-    return _of_stream(model, model(tokens, mask=mask, capture=capture).residuals, first)
-
-
-@compiled("first")
-def _cka(model, stream, *, first):
-    return _of_stream(model, stream, first)
-
-
-def _of_stream(model: Transformer, stream: ResidualStream, first: bool) -> CKA:
+def _linear_cka(model: Transformer, source: Source, *, first: bool) -> CKA:
+    stream = source.stream(model, point_fields(model.config))
     points, names = stream_points(model.config, stream)
     return CKA(value=cka(points, kept_tokens(stream, first)), points=names)
 
 
 def cka(points: Float[Array, "P B T D"], kept: Bool[Array, "B T"]) -> Float[Array, "P P"]:
-    """The uncompiled method, on any vectors."""
+    """Linear CKA between P sets of any vectors, over the positions kept; not compiled."""
 
     def prepared(x: Float[Array, "B T D"]) -> Float[Array, "N D"]:
         x = centred(x, kept)
+        # CKA does not change with a point's scale: of mean square 1, no sum of squares overflows.
         return ratio(x, jnp.sqrt(jnp.square(x).sum() / kept.sum()))
 
     x_PND = jax.lax.map(prepared, points)
-    # The rows of a centred Gram matrix sum to zero: those without the diagonal, to minus it.
+    # A row of a centred Gram matrix sums to zero: without its diagonal entry, to minus that entry.
     rows_PN = -jnp.square(x_PND).sum(-1)
     n = kept.sum().astype(rows_PN.dtype)
     total = rows_PN.sum(-1)
@@ -116,11 +109,16 @@ def cka(points: Float[Array, "P B T D"], kept: Bool[Array, "B T"]) -> Float[Arra
 
 
 def _shared(x_PND: Float[Array, "P N D"]) -> Float[Array, "P P"]:
-    """`sum_ij G_ij H_ij` of all pairs of Gram matrices without diagonals, rows in blocks."""
+    """`sum_ij G_ij H_ij` of all pairs of Gram matrices without diagonals, rows in blocks.
+
+    The sum over tokens i and j cannot become one over dimensions, as it could with the diagonals.
+    So Gram entries are formed, for a block of rows at a time, and every pair of points reads them.
+    """
     n_points, n, _ = x_PND.shape
     size = min(n, max(ENTRIES // (n_points * n), 1))
 
     def add(total: Array, start: Array) -> tuple[Array, None]:
+        # The last block begins early enough to be whole; its rows before `start` are not used.
         row = jnp.minimum(start, n - size) + jnp.arange(size)
         block = jax.lax.dynamic_slice_in_dim(x_PND, row[0], size, axis=1)
         gram = contract("PmD,PND->PmN", block, x_PND)

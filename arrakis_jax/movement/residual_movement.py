@@ -6,16 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from arrakis_jax.core.axes import Array, Float, Int
-from arrakis_jax.core.checks import Mask, Tokens, checked_layer, checked_tokens
+from arrakis_jax.core.checks import Mask, Tokens, checked_layer
 from arrakis_jax.core.numerics import norm, ratio
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.source import stream_of
+from arrakis_jax.forward.source import Source, source_of
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.record import Record
-from arrakis_jax.stream.capture import Capture
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 
-_POSTS = Capture(("resid_pre", "final"))
+_FIELDS = ("resid_pre", "final")
 
 
 @jax.tree_util.register_dataclass
@@ -38,16 +37,19 @@ def movement(a: Float[Array, "... D"], b: Float[Array, "... D"]) -> Movement:
     """The movement from vectors a to vectors b; zero where either is zero.
 
     Differences are taken before norms, and the angle is `2 atan2(|u - w|, |u + w|)` of the unit
-    vectors u and w, which is accurate for the smallest of angles where arccos is not.
+    vectors u and w. That is accurate for the smallest angles, where arccos is not.
     """
     acc = jnp.promote_types(a.dtype, jnp.float32)
     a, b = a.astype(acc), b.astype(acc)
     u, w = (ratio(x, norm(x)[..., None]) for x in (a, b))
-    return _movement(norm(a), norm(b), norm(b - a), norm(u - w), norm(u + w))
+    return movement_of_lengths(norm(a), norm(b), norm(b - a), norm(u - w), norm(u + w))
 
 
-def _movement(a: Array, b: Array, moved: Array, apart: Array, together: Array) -> Movement:
+def movement_of_lengths(
+    a: Array, b: Array, moved: Array, apart: Array, together: Array
+) -> Movement:
     """The movement from the lengths of a, b, b - a, and their unit vectors' u - w and u + w."""
+    # |u + w|^2 - |u - w|^2 = 4 u . w
     both = (a != 0) & (b != 0)
     angle = 2 * jnp.arctan2(apart, jnp.where(both, together, 1))
     return Movement(
@@ -95,28 +97,22 @@ def residual_movement(
     n_layers = model.config.n_layers
     first = checked_layer(layer_idx1, n_layers, name="layer_idx1")
     second = checked_layer(layer_idx2, n_layers, name="layer_idx2")
-    stream = stream_of(input_ids, mask)
-    if stream is not None:
-        stream.need("resid_pre", "final", all_layers=True)
-        return _between(stream.resid_pre, stream.final, first, second)
-    tokens, mask = checked_tokens(model.config, input_ids, mask, check=check, name="input_ids")
-    return _run_between(model, tokens, mask, first, second)
-
-
-@jax.jit
-def _between(resid_pre, final, first, second):
-    last = resid_pre.shape[0] - 1
-
-    def resid_post(layer: Array) -> Array:
-        following = jax.lax.dynamic_index_in_dim(
-            resid_pre, jnp.minimum(layer + 1, last), keepdims=False
-        )
-        return jnp.where(layer == last, final, following)
-
-    return movement(resid_post(first), resid_post(second))
+    source = source_of(model, input_ids, mask, check=check, name="input_ids")
+    return _between(model, source, first, second)
 
 
 @compiled()
-def _run_between(model, tokens, mask, first, second):
-    stream = model(tokens, mask=mask, capture=_POSTS).residuals
-    return _between(stream.resid_pre, stream.final, first, second)
+def _between(
+    model: Transformer, source: Source, first: Int[Array, ""], second: Int[Array, ""]
+) -> Movement:
+    stream = source.stream(model, _FIELDS)
+    stream.need(*_FIELDS, all_layers=True)
+    last = model.config.n_layers - 1
+
+    def resid_post(layer: Array) -> Float[Array, "B T D"]:
+        # A layer's end is the next one's start: no array of all ends is made for two of them.
+        following = jnp.minimum(layer + 1, last)
+        pre = jax.lax.dynamic_index_in_dim(stream.resid_pre, following, keepdims=False)
+        return jnp.where(layer == last, stream.final, pre)
+
+    return movement(resid_post(first), resid_post(second))

@@ -1,4 +1,4 @@
-"""The shape of the stream at every point: how long, in how many dimensions, and in which most."""
+"""The shape of the stream at every point: its length, dimensionality and largest dimensions."""
 
 from dataclasses import dataclass, field
 
@@ -9,10 +9,10 @@ from arrakis_jax.core.axes import Array, Float, Int
 from arrakis_jax.core.checks import Mask, Tokens, checked_count
 from arrakis_jax.core.numerics import norm, ratio
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.source import over_points
+from arrakis_jax.forward.source import Source, point_source
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.record import Record
-from arrakis_jax.stream.points import Points, centred, kept_tokens, point_capture, stream_points
+from arrakis_jax.stream.points import Points, centred, kept_tokens, point_fields, stream_points
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 
 
@@ -26,7 +26,7 @@ class StreamGeometry(Record):
         participation_ratio: `[P]`, `(sum v)^2 / sum v^2` of the variances v along the principal
             axes: between 1 and D.
         effective_rank: `[P]`, the exponential of the entropy of the singular values over their sum,
-            of the centred vectors: between 1 and D, and less ruled by the largest.
+            of the centred vectors: between 1 and D. The largest rule it less.
         outlier_dims: `[P,k]`, the dimensions with the largest root mean square, largest first.
         outlier_size: `[P,k]`, their root mean square over that of all entries. Its square over D is
             the dimension's share of the mean squared norm: over all D they sum to 1.
@@ -69,7 +69,7 @@ def stream_geometry(
             run again.
         k: how many outlier dimensions to name.
         first: False leaves out each row's first real token in the statistics. The stream there may
-            be a hundred times longer than elsewhere, in a few dimensions, and then rules them.
+            be a hundred times longer than elsewhere, in a few dimensions, and would rule them.
         mask: `[B,T]`, with token ids.
         check: also check the values of arrays that are on an accelerator.
 
@@ -83,10 +83,10 @@ def stream_geometry(
     Example:
         >>> model, tokenizer = demo_model()
         >>> tokens, mask = encode(tokenizer, ["Alice and Tom", "Lucy"])
-        >>> found = stream_geometry(model, tokens, k=3, mask=mask)
-        >>> found.norm.shape, found.effective_rank.shape, found.outlier_dims.shape
+        >>> geometry = stream_geometry(model, tokens, k=3, mask=mask)
+        >>> geometry.norm.shape, geometry.effective_rank.shape, geometry.outlier_dims.shape
         ((9, 2, 4), (9,), (9, 3))
-        >>> found.growth().shape
+        >>> geometry.growth().shape
         (8, 2, 4)
 
     Reference:
@@ -94,24 +94,15 @@ def stream_geometry(
         Kovaleva et al. 2021, outlier dimensions; Sun et al. 2024, massive activations.
     """
     checked_count("k", k, model.config.d_model)
-    return over_points(
-        _run_geometry, _geometry, model, tokens, mask, check, first=first, least=2, k=int(k)
-    )
+    source = point_source(model, tokens, mask, check, first=first, least=2)
+    return _geometry(model, source, k=int(k), first=bool(first))
 
 
 @compiled("k", "first")
-def _run_geometry(model, tokens, mask, *, k, first):
-    capture = point_capture(model.config)
-    return _of_stream(model, model(tokens, mask=mask, capture=capture).residuals, k, first)
-
-
-@compiled("k", "first")
-def _geometry(model, stream, *, k, first):
-    return _of_stream(model, stream, k, first)
-
-
-def _of_stream(model: Transformer, stream: ResidualStream, k: int, first: bool) -> StreamGeometry:
+def _geometry(model: Transformer, source: Source, *, k: int, first: bool) -> StreamGeometry:
+    stream = source.stream(model, point_fields(model.config))
     points, names = stream_points(model.config, stream)
+    # Lengths are of all real tokens, statistics of those kept.
     kept, real = kept_tokens(stream, first), kept_tokens(stream, True)
     acc = jnp.promote_types(points.dtype, jnp.float32)
 
@@ -124,13 +115,20 @@ def _of_stream(model: Transformer, stream: ResidualStream, k: int, first: bool) 
         lengths = jnp.where(real, norm(x), 0)
         return lengths, _participation(singular), _effective_rank(singular), dims, size
 
-    names_of = ("norm", "participation_ratio", "effective_rank", "outlier_dims", "outlier_size")
-    found = dict(zip(names_of, jax.lax.map(at_point, points), strict=True))
-    return StreamGeometry(**found, points=names)
+    # One point at a time: a singular value decomposition of all would hold P copies of the batch.
+    lengths, participation, rank, dims, size = jax.lax.map(at_point, points)
+    return StreamGeometry(
+        norm=lengths,
+        participation_ratio=participation,
+        effective_rank=rank,
+        outlier_dims=dims,
+        outlier_size=size,
+        points=names,
+    )
 
 
 def _participation(singular: Float[Array, " m"]) -> Float[Array, ""]:
-    variance = jnp.square(ratio(singular, singular.max()))
+    variance = jnp.square(ratio(singular, singular.max()))  # up to a factor, so that none overflows
     return ratio(jnp.square(variance.sum()), jnp.square(variance).sum())
 
 

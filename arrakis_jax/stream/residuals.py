@@ -116,6 +116,13 @@ class ResidualStream(Record):
         self.need("resid_pre", "final", all_layers=True)
         return jnp.concatenate([self.resid_pre[1:], self.final[None]])
 
+    def of_layer(self, name: str, layer: int) -> Array:
+        """A field `[B,T,...]` of one layer, counted from 0."""
+        if self.layers is not None and layer not in self.layers:
+            self.need(all_layers=True)
+        row = layer if self.layers is None else self.layers.index(layer)
+        return getattr(self, name)[row]
+
     def need(self, *names: str, all_layers: bool = False, all_positions: bool = False) -> None:
         """Raises NotCapturedError unless every named field is captured, for all layers if asked.
 

@@ -8,6 +8,7 @@ from jax import export
 
 from arrakis_jax.circuits.composition import _variance, composition_baseline, composition_scores
 from arrakis_jax.circuits.matrices import ov_matrices, qk_matrices
+from arrakis_jax.core.axes import over
 from tests.induction import PREV, V, induction_model
 from tests.models import close, compilations, model
 

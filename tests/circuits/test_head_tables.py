@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 
 from arrakis_jax import ModelConfig, Transformer, run
-from arrakis_jax.circuits.bigrams import bigram_logits, top_bigrams, top_tokens
+from arrakis_jax.circuits.bigrams import bigram_logits, top_bigrams
 from arrakis_jax.circuits.head_tables import ov_table, qk_table, skip_trigrams
+from arrakis_jax.circuits.vocabulary import top_tokens
 from tests.models import batch, close, compilations, model
 
 ONE = dict(n_layers=1, d_mlp=0, gated=False, mlp_bias=False, out_bias=False, activation="identity")

@@ -1,12 +1,14 @@
 """edge_attribution: against gradients at every reader, attribution of nodes, exact patches."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
 
-from arrakis_jax import Add, Continuation, Logit, LogProb
+from arrakis_jax import EAP, EAPIG, Add, Continuation, Logit, LogProb
 from arrakis_jax.attribution.integrated_gradients import rule_nodes
 from arrakis_jax.attribution.residual_gradients import tapped_gradients, target_value
 from arrakis_jax.core.checks import checked_tokens
@@ -14,7 +16,7 @@ from arrakis_jax.edges.edge_attribution import edge_attribution
 from arrakis_jax.edges.graph import WRITTEN, Graph, Node, writer_changes
 from arrakis_jax.forward.targets import checked_target
 from tests.cost import flops
-from tests.models import close, compilations, gpt2_small, model
+from tests.models import chosen, close, compilations, gpt2_small, model
 from tests.patching.others import TARGET, pairs
 
 
@@ -93,7 +95,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", chosen(VARIANTS, ["mixed"]))
 def test_the_sum_over_readers_is_attribution_patching(variant, x64):
     """G10, through norms of the output too: the gradient at z, mlp_out and the embedding."""
     m = model(variant, dtype="float64", n_layers=2, **VARIANTS[variant])
@@ -121,18 +123,21 @@ def test_the_sum_over_readers_is_attribution_patching(variant, x64):
     assert np.abs(found.effects)[found.graph.edges].min() > 0
 
 
-def test_gradients_at_every_reader_and_along_the_inputs(x64):
+@pytest.mark.parametrize(
+    ("rule", "steps", "step_batch"),
+    chosen([("left", 1, None), ("right", 3, None), ("trapezoid", 3, 3)], [("trapezoid", 3, 3)]),
+)
+def test_gradients_at_every_reader_and_along_the_inputs(rule, steps, step_batch, x64):
     """Against taps of zeros, which hold the gradient of every reader in full."""
     m = model("both", dtype="float64", n_layers=2, window_layers=(True, False))
     clean, corrupt, mask, *_ = pairs()
     ends = Ends(m, clean, corrupt, mask)
-    for rule, steps, step_batch in (("left", 1, None), ("right", 3, None), ("trapezoid", 3, 3)):
-        found = edge_attribution(
-            m, clean, corrupt, TARGET, mask=mask, steps=steps, rule=rule, step_batch=step_batch
-        )
-        close(found.effects, ends.along_inputs(rule, steps), 1e-12, rule)
-        close(found.base, ends.base, 1e-12)
-        close(found.source, ends.source, 1e-12)
+    found = edge_attribution(
+        m, clean, corrupt, TARGET, mask=mask, steps=steps, rule=rule, step_batch=step_batch
+    )
+    close(found.effects, ends.along_inputs(rule, steps), 1e-12, rule)
+    close(found.base, ends.base, 1e-12)
+    close(found.source, ends.source, 1e-12)
 
 
 def test_along_activations(x64):
@@ -261,6 +266,39 @@ def test_bad_input():
             ValueError,
             "one whose stream is a sum of writes",
         ),
+    ]:
+        with pytest.raises(error, match=message):
+            function()
+
+
+def test_a_method_as_a_value_is_its_keywords():
+    m = model("gpt2", n_layers=1)
+    tokens = np.arange(4)[None]
+    call = functools.partial(edge_attribution, m, tokens, tokens[:, ::-1], TARGET)
+    for value, options in (
+        (EAP(), {}),
+        (EAPIG(steps=2), dict(steps=2)),
+        (
+            EAPIG(steps=3, along="activations", rule="midpoint", step_batch=2),
+            dict(steps=3, along="activations", rule="midpoint", step_batch=2),
+        ),
+    ):
+        by_value, by_keywords = call(method=value), call(**options)
+        assert by_value.method == by_keywords.method
+        jax.tree.map(np.testing.assert_array_equal, by_value, by_keywords)
+    for function, error, message in [
+        (lambda: EAPIG(), TypeError, "steps"),
+        (lambda: EAPIG(steps=0), ValueError, "`steps` must be an int"),
+        (lambda: EAPIG(steps=2, along="in"), ValueError, "`along` must be one of"),
+        (lambda: EAPIG(steps=2, rule="x"), ValueError, "`rule` must be one of"),
+        (lambda: EAPIG(steps=2, step_batch=0), ValueError, "`step_batch` must be an int"),
+        (lambda: call(method=EAPIG(steps=2), steps=2), ValueError, "`steps` must be left out with"),
+        (
+            lambda: call(method=EAP(), along="activations"),
+            ValueError,
+            r"`along` must be left out with method=EAP\(...\), got 'activations'; it has no such",
+        ),
+        (lambda: call(method="eap"), TypeError, r"`method` must be EAP\(\), EAPIG\(...\) or None"),
     ]:
         with pytest.raises(error, match=message):
             function()
