@@ -204,13 +204,6 @@ class ResidualStream(Record):
             if (value := getattr(self, name)) is not None
         }
 
-    def squeezed(self) -> "ResidualStream":
-        """A stream at one position, without the position axis."""
-        values = self._each(lambda _, axis, value: jnp.squeeze(value, axis))
-        if self.tokens is not None:
-            values["tokens"] = self.tokens[..., 0]
-        return replace(self, **values, mask=self.mask[..., 0], positions=None)
-
     def batch_axes(self) -> "ResidualStream":
         """The `in_axes` pytree with which `jax.vmap` maps over the examples of the batch."""
         axes: dict[str, Any] = {
