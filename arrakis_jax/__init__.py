@@ -1,9 +1,42 @@
-"""Takes the residual stream of a transformer apart: decomposition, movement and attribution."""
+"""Takes the residual stream of a transformer apart: decomposition, movement and attribution.
+
+Every public name is imported from here. The rooms of the package, by floor:
+
+    1   core            shape letters, errors, numerics, the config, checks of arguments
+    2   results         what tools return: records, labels, terms, the k largest, tables
+    3   stream          the residual stream as a value: fields, padding, points, captures, edits
+    4   nn              one transformer for all families, its layers stacked; `walk` scans them
+    5   families        a table for each family of checkpoints: config fields and weights
+    5   frozen          the model with its norms' scales frozen, which is linear
+    6   forward         the compiled forward, what a tool reads, targets
+    6   checkpoint      reading and writing weights
+    7   terms           the engine of decomposition: terms kept as factors
+    7   text            tokenizers
+    8   decomposition   what wrote this?
+    8   movement        how does the stream change on its way?
+    8   attribution     which inputs caused this output?
+    8   circuits        what do weights compute?
+    9   patching        what if a node were another run's?
+    10  edges           what if an edge were?
+    11  evaluation      is an attribution right?
+    12  demo            the shipped model, and how it is trained
+    12  residual_tools  three tools bound to a model
+    13  cli             the command line
+    13  examples        nine programs
+
+A module imports from its own room and from lower floors, never from its own floor's other rooms.
+Two rules more: `families` does not import `nn`, so that configs and weight tables are tested
+without an array; and no tool imports `families` or `checkpoint`: it gets a model.
+`tests/test_package.py` holds all of this. A method has a file that is named as its function.
+"""
 
 from importlib.metadata import version
 
 from arrakis_jax.attribution.feature_attribution import Attribution, feature_attribution
+from arrakis_jax.attribution.integrated_gradients import IntegratedGradients
+from arrakis_jax.attribution.perturb import Occlusion, ValueZeroing
 from arrakis_jax.attribution.residual_gradients import residual_gradients
+from arrakis_jax.attribution.saliency import GradTimesInput, Saliency, SmoothGrad
 from arrakis_jax.checkpoint import from_pretrained, save
 from arrakis_jax.circuits.bigrams import bigram_logits, top_bigrams
 from arrakis_jax.circuits.composition import (
@@ -40,7 +73,7 @@ from arrakis_jax.decomposition.residual_decomposition import (
 from arrakis_jax.decomposition.top_attribution import TopAttribution, top_attribution
 from arrakis_jax.demo import demo_model
 from arrakis_jax.edges.circuit import CircuitFaithfulness, circuit_faithfulness, run_circuit
-from arrakis_jax.edges.edge_attribution import edge_attribution
+from arrakis_jax.edges.edge_attribution import EAP, EAPIG, edge_attribution
 from arrakis_jax.edges.effects import EdgeEffects
 from arrakis_jax.edges.graph import Edge, Graph, Node
 from arrakis_jax.edges.path_patching import PathEffects, path_patching
@@ -67,7 +100,7 @@ from arrakis_jax.movement.movement_matrix import MovementMatrix, movement_matrix
 from arrakis_jax.movement.residual_movement import Movement, residual_movement
 from arrakis_jax.movement.stream_geometry import StreamGeometry, stream_geometry
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.patching.attribution_patching import attribution_patching
+from arrakis_jax.patching.attribution_patching import AtP, AtPStar, attribution_patching
 from arrakis_jax.patching.effects import Cell, PatchEffects
 from arrakis_jax.patching.patch_sweep import patch_sweep
 from arrakis_jax.residual_tools import ResidualTools
@@ -86,6 +119,8 @@ del version
 __all__ = [
     "Add",
     "Agreement",
+    "AtP",
+    "AtPStar",
     "Attribution",
     "CKA",
     "Capture",
@@ -100,15 +135,19 @@ __all__ = [
     "Custom",
     "Decomposition",
     "DirectionAttribution",
+    "EAP",
+    "EAPIG",
     "Edge",
     "EdgeEffects",
     "Edit",
     "Entropy",
     "Factored",
     "FlowRoutes",
+    "GradTimesInput",
     "Graph",
     "HeadScores",
     "InformationFlow",
+    "IntegratedGradients",
     "KL",
     "Label",
     "Labels",
@@ -123,6 +162,7 @@ __all__ = [
     "MovementMatrix",
     "Node",
     "NotCapturedError",
+    "Occlusion",
     "PatchEffects",
     "Path",
     "PathEffects",
@@ -135,9 +175,11 @@ __all__ = [
     "ResidualTools",
     "RopeScaling",
     "Routing",
+    "Saliency",
     "Scale",
     "Set",
     "SkipTrigrams",
+    "SmoothGrad",
     "StreamGeometry",
     "Table",
     "Target",
@@ -145,6 +187,7 @@ __all__ = [
     "TopAttribution",
     "TopTokens",
     "Transformer",
+    "ValueZeroing",
     "VirtualHead",
     "agreement",
     "attribute_movement",

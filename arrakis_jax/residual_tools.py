@@ -24,7 +24,8 @@ _LAYER = Capture(("resid_pre", "attn_out", "mlp_out", "norm_attn_scale", "norm_m
 class ResidualTools:
     """`residual_decomposition`, `residual_movement` and `feature_attribution` of one model.
 
-    Holds nothing but the model and a tokenizer; a second instance compiles nothing again.
+    The signatures are those of Arrakis' Residual Tools. An instance holds nothing but the model and
+    a tokenizer; a second one compiles nothing again.
 
     Example:
         >>> tools = ResidualTools(*demo_model())

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ LAYERS = (
     ("edges",),
     ("evaluation",),
     ("demo", "residual_tools"),
-    ("cli",),
+    ("cli", "examples"),
 )
 ANALYSIS = (
     "decomposition",
@@ -67,6 +68,12 @@ def test_imports_point_upwards():
                 if not above or loading or (unit(path) == "families" and target == "nn"):
                     wrong.append(f"{path.relative_to(ROOT)} imports {module}")
     assert not wrong
+
+
+def test_the_packages_docstring_has_these_layers():
+    rows = re.findall(r"^    (\d+) +(\w+) ", arrakis_jax.__doc__ or "", re.MULTILINE)
+    layers = [(str(i), name) for i, names in enumerate(LAYERS, 1) for name in names]
+    assert rows == layers
 
 
 def test_the_public_names_are_these():

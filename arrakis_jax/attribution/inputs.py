@@ -1,4 +1,4 @@
-"""A batch as input attributions see it: its token embeddings, and the target as their function."""
+"""What input attributions work on: token embeddings, and the target as a function of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Inputs:
         padding: where the real tokens stand.
         ids: `[B,T]`, the token ids, 0 at padding.
         e_BTD: token embeddings, as the stream holds them; zero at padding.
-        added_BTD: what is added to them: learned positions, or zero.
+        added_BTD: learned positions, which are added to them, or zero.
     """
 
     model: Transformer
@@ -44,7 +44,7 @@ class Inputs:
         """The inputs of checked tokens."""
         padding = Padding.of(tokens.shape, mask)
         real = padding.real[..., None]
-        ids = jnp.where(padding.real, tokens, 0)
+        ids = jnp.where(padding.real, tokens, 0)  # ids at padding may be anything
         e_BTD = jnp.where(real, model.embed_tokens(ids), 0)
         added_BTD = jnp.zeros_like(e_BTD)
         if model.w_pos is not None:
@@ -57,23 +57,25 @@ class Inputs:
         return target_value(self.model, x_BTD, self.mask, self.target, edits=edits)[0]
 
     def gradient(self, e_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Each row's gradient there: rows do not interact, so it is that of their sum."""
+        """Each row's gradient of its target with respect to these token embeddings."""
+        # Rows do not interact: the gradient of their sum holds each row's own.
         return jax.grad(lambda e: self.value(e).sum())(e_BTD)
 
-    def baseline(self, given: Array | None) -> Float[Array, "B T D"]:
+    def baseline(self, baseline: Array | None) -> Float[Array, "B T D"]:
         """The embeddings of a checked baseline; zero at padding."""
         real = self.padding.real
-        if given is None:
+        if baseline is None:
             b = self.model.mean_embedding()
-        elif jnp.issubdtype(given.dtype, jnp.integer):
-            b = self.model.embed_tokens(jnp.where(real, given, 0))
+        elif jnp.issubdtype(baseline.dtype, jnp.integer):
+            b = self.model.embed_tokens(jnp.where(real, baseline, 0))
         else:
-            b = given
+            b = baseline
         return jnp.where(real[..., None], over(b, self.e_BTD), 0)
 
     def result(self, tokens_BT: Array, target_B: Array, **rest: Any) -> Attribution:
-        """The attribution, with what says where it belongs; NaN where the target is."""
+        """The attribution with its token ids and mask; NaN in rows whose target is NaN."""
         real = self.padding.real
+        # A target that is NaN (an id or a position that is not there) must not pass as zeros.
         tokens_BT = jnp.where(jnp.isnan(target_B)[:, None], jnp.nan, tokens_BT)
         tokens_BT = jnp.where(real, tokens_BT, 0)
         return Attribution(tokens=tokens_BT, target=target_B, input_ids=self.ids, mask=real, **rest)
@@ -81,6 +83,7 @@ class Inputs:
 
 def evenly(n: int, most: int) -> int:
     """The size of each of the fewest batches of at most `most` that hold n."""
+    # 9 of at most 8 are 5 and 4, not 8 and 1: the last batch is filled up with little waste.
     return -(-n // -(-n // most))
 
 
@@ -95,6 +98,7 @@ def weighted_sum(
 
     Nodes after those have weight zero. With an int `count` it can be differentiated in reverse.
     """
+    # A loop and no map, so that only one chunk's gradients are held, and `count` may be traced.
     short = -len(nodes) % size
     nodes = jnp.pad(jnp.asarray(nodes), (0, short), mode="edge")
     weights = jnp.pad(weights, (0, short))
@@ -108,18 +112,19 @@ def weighted_sum(
 
 
 def checked_baseline(
-    config: ModelConfig, given: Any, tokens: Array, mask: Array | None, *, check: bool = False
+    config: ModelConfig, baseline: Any, tokens: Array, mask: Array | None, *, check: bool = False
 ) -> Any:
     """A baseline as an array: token ids, an int or `[B,T]`, or embeddings; None for the mean.
 
     Raises:
         TypeError, ValueError: for one that is neither, of another shape, or not finite.
     """
-    if given is None or (isinstance(given, str) and given == "mean"):
+    # isinstance first: an array compared with a string is an array.
+    if baseline is None or (isinstance(baseline, str) and baseline == "mean"):
         return None
-    if isinstance(given, str) and given == "zero":
+    if isinstance(baseline, str) and baseline == "zero":
         return np.zeros(config.d_model, config.acc)
-    array = given if isinstance(given, jax.Array) else np.asarray(given)
+    array = baseline if isinstance(baseline, jax.Array) else np.asarray(baseline)
     if jnp.issubdtype(array.dtype, jnp.integer):
         if array.ndim == 0:
             return checked_ids(config, array, (), name="baseline", check=check)
@@ -130,20 +135,24 @@ def checked_baseline(
         return checked_tokens(config, array, mask, check=check, name="baseline")[0]
     if not jnp.issubdtype(array.dtype, jnp.floating):
         must = "'mean', 'zero', token ids or embeddings"
-        raise TypeError(expected("baseline", must, repr(given), "give one of them"))
+        raise TypeError(expected("baseline", must, repr(baseline), "give one of them"))
     full = (*tokens.shape, config.d_model)
     if array.shape not in (full, full[1:], full[2:]):
         do = "give token embeddings"
         must = f"of shape {full[2:]}, {full[1:]} or {full}"
         raise ValueError(expected("baseline", must, f"shape {array.shape}", do))
     values = host(array, check)
+    # Values at padding are never read, and may be anything.
     if values is not None and anywhere(~np.isfinite(values).all(-1), tokens, mask):
         raise ValueError(expected("baseline", "finite", "NaN or infinity", "give embeddings"))
     return array.astype(config.acc)
 
 
 def anywhere(flags: Any, tokens: Array, mask: Array | None) -> bool:
-    """Whether flags, which broadcast to the tokens, are set at a real one, as far as is known."""
+    """Whether flags, broadcast to the tokens, are set at a real one.
+
+    Without a readable mask, only flags at every token count.
+    """
     flags = np.broadcast_to(flags, tokens.shape)
     real = np.ones(tokens.shape, bool) if mask is None else host(mask)
     return bool(flags.all() if real is None else flags[real].any())

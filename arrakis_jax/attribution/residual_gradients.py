@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ def target_value(
     edits: Edits = (),
 ) -> tuple[Float[Array, " B"], ResidualStream]:
     """The target of each row from the embedded stream, unembedding only what it reads."""
+    # `final` and not logits: a target unembeds only the positions that it reads.
     fields = tuple(dict.fromkeys((*capture, "final")))
     stream = model.after_embedding(
         x_BTD, mask=mask, capture=Capture(fields), taps=taps, edits=edits
@@ -50,11 +52,9 @@ def tapped_gradients(
     sites: tuple[str, ...],
     capture: tuple[str, ...] = (),
 ) -> tuple[Float[Array, " B"], dict[str, Array], ResidualStream]:
-    """Each row's target, its gradient at these sites, and the captured stream.
+    """Each row's target, its gradient at these sites, and the captured stream."""
 
-    One backward pass: rows do not interact, so the gradient of their sum holds each row's own.
-    """
-
+    # One backward pass: rows do not interact, so the gradient of their sum holds each row's own.
     def total(taps: dict[str, Array]) -> tuple[Array, tuple]:
         value, stream = target_value(model, x_BTD, mask, target, taps=taps, capture=capture)
         return value.sum(), (value, stream)
@@ -67,6 +67,7 @@ def _zeros(
     model: Transformer, x_BTD: Array, mask: Array | None, sites: tuple[str, ...]
 ) -> dict[str, Array]:
     """Taps of zeros at these sites, shaped as the forward records them."""
+    # Shapes come from an abstract forward: mlp_act has other shapes in other segments.
     forward: Callable = model.after_embedding
     shapes = jax.eval_shape(lambda x: forward(x, mask=mask, capture=sites).residuals, x_BTD)
     acc = model.config.acc
@@ -87,11 +88,11 @@ def residual_gradients(
 ) -> ResidualStream:
     """The gradient of a target at every site, in one backward pass.
 
-    Where attention and MLP write straight to the stream, the gradient with respect to `attn_out`
-    is that of `resid_mid`, and of `mlp_out` that of the next `resid_pre` (or `final`); in parallel
-    blocks both are that of the next `resid_pre`. A head's written vector has the gradient of
-    `attn_out` (as it is written: after norms of the output and multipliers). The choice of experts
-    is held fixed, their weights are not.
+    Where attention and MLP write straight to the stream, `attn_out` has the gradient of
+    `resid_mid`, and `mlp_out` has the gradient of the next `resid_pre` (or `final`). In parallel
+    blocks both have the gradient of the next `resid_pre`. A head's written vector (after norms of
+    the output and multipliers) has the gradient of `attn_out`. The choice of experts is held fixed,
+    their weights are not.
 
     Args:
         model: the transformer.
@@ -102,8 +103,8 @@ def residual_gradients(
         position: where the logit is read, counted in real tokens: an int or `[B]`.
         mask: `[B,T]`.
         capture: the sites: "residuals" (the stream's own), "all" (q, k, v, pattern, z and mlp_act
-            too), a tuple of names, or a Capture, which also selects layers and positions (all of
-            them are differentiated). Norm scales have no gradient of their own here.
+            too), a tuple of names, or a Capture, which also selects layers and positions of the
+            result. Norm scales have no gradient here.
         check: also check the values of arrays that are on an accelerator.
 
     Returns:
@@ -128,6 +129,7 @@ def residual_gradients(
         model, tokens, targets, mask, against=against, position=position, name="targets"
     )
     wanted = as_capture(capture)
+    # Scales have no gradient of their own, and a choice of experts has none.
     names = tuple(n for n in wanted.fields if n not in (*SCALES, "logits", "routing"))
     layers = checked_layers(wanted.layers, model.config.n_layers)
     positions = checked_positions(wanted.positions, tokens.shape, mask)
@@ -137,18 +139,27 @@ def residual_gradients(
 
 
 @compiled("sites", "layers", "positions")
-def _residual_gradients(model, tokens, mask, target, *, sites, layers, positions):
+def _residual_gradients(
+    model: Transformer,
+    tokens: Array,
+    mask: Array | None,
+    target: Target,
+    *,
+    sites: tuple[str, ...],
+    layers: tuple[int, ...] | None,
+    positions: tuple[int, ...] | None,
+) -> ResidualStream:
     config = model.config
     lacks = lacking(config)
     sites = tuple(s for s in sites if s not in lacks)
     inside = tuple(s for s in sites if s in INTERNAL)
     x_BTD = model.embed(tokens, mask=mask)
-    # Where writes are simply added, the stream's own gradients are those of the writes.
-    own = ("attn_out", "mlp_out") if config.norms_stream else ()
-    taps = tuple(s for s in ("resid_pre", "resid_mid", "final", *own, *inside) if s not in lacks)
+    # A write that is simply added has the stream's gradient behind it, and needs no tap.
+    writes = ("attn_out", "mlp_out") if config.norms_stream else ()
+    taps = tuple(s for s in ("resid_pre", "resid_mid", "final", *writes, *inside) if s not in lacks)
     _, gradients, stream = tapped_gradients(model, x_BTD, mask, target, taps)
     resid_pre, final = gradients["resid_pre"], gradients["final"]
-    following = jnp.concatenate([resid_pre, final[None]])
+    following = jnp.concatenate([resid_pre, final[None]])  # row l + 1 is what layer l writes to
     every: dict[str, Any] = {
         "embed": following[0],
         "attn_out": following[1:] if config.parallel else gradients["resid_mid"],
@@ -157,6 +168,7 @@ def _residual_gradients(model, tokens, mask, target, *, sites, layers, positions
     chosen: dict[str, Any] = {name: every[name] for name in sites}
     if layers is not None:
         chosen = {n: _of_layers(model, x, layers, n) for n, x in chosen.items()}
+    # Layers and positions are chosen afterwards: the backward pass goes through all of them anyway.
     result = ResidualStream(
         **chosen, tokens=tokens, mask=stream.mask, layers=layers, lacks=lacks,
         normed=config.norms_stream,
@@ -170,8 +182,12 @@ def _of_layers(model: Transformer, gradient: Any, layers: tuple[int, ...], name:
         return gradient
     if not isinstance(gradient, tuple):
         return gradient[jnp.array(layers, int)]
-    parts = zip(gradient, model.stacks(), strict=True)
+    # One array for each segment, whose rows are the segment's own layers.
+    sizes = [n for _, n in model.config.segments]
+    rows = [
+        jnp.array([layer - end + n for layer in layers if end - n <= layer < end], int)
+        for end, n in zip(accumulate(sizes), sizes, strict=True)
+    ]
     return tuple(
-        None if part is None else part[jnp.array([i - own.start for i in layers if i in own], int)]
-        for part, (_, own) in parts
+        None if part is None else part[kept] for part, kept in zip(gradient, rows, strict=True)
     )

@@ -1,4 +1,4 @@
-"""What an input attribution returns: a number for each token, and what it means."""
+"""The result of an input attribution: a number for each token, and its meaning."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,16 +13,16 @@ from arrakis_jax.results.record import ABSENT, Record
 from arrakis_jax.results.table import Table
 from arrakis_jax.text import continuation
 
-NORMS = {
+GRADIENT_NORMS = {
     "l2": "the Euclidean norm of",
     "l1": "the sum of the absolute entries of",
     "signed": "the product of the token's embedding and",
 }
-GRADIENT = "the target's gradient with respect to the token's embedding"
+_GRADIENT = "the target's gradient with respect to the token's embedding"
 MEANINGS = {
-    "saliency": f"{{norm}} {GRADIENT}",
-    "grad_x_input": f"{NORMS['signed']} {GRADIENT}",
-    "smooth_grad": f"{{norm}} {GRADIENT}, averaged over embeddings with noise",
+    "saliency": f"{{norm}} {_GRADIENT}",
+    "grad_x_input": f"{GRADIENT_NORMS['signed']} {_GRADIENT}",
+    "smooth_grad": f"{{norm}} {_GRADIENT}, averaged over embeddings with noise",
     "integrated_gradients": "the token's share in the target minus the target at the baseline",
     "occlusion": "the target minus the target with the baseline in place of the token's embedding",
     "value_zeroing": "the target minus the target with the token's values zero in every layer",
@@ -39,20 +39,20 @@ class TopShares(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Attribution(Record):
-    """What each input token has to do with a target, in the target's units; zero at padding.
+    """How much each input token contributes to a target, in the target's units; zero at padding.
 
     Attributes:
-        tokens: `[B,T]`, to the token embedding (without learned positions).
-        layers: `[L+1,B,T]`, the same quantity at resid_pre of each layer and at final, of saliency
-            and gradient times input; else None.
+        tokens: `[B,T]`, of the token embedding (without learned positions).
+        layers: `[L+1,B,T]`, with saliency and gradient times input: the same quantity at resid_pre
+            of each layer and at final; else None.
         target: `[B]`, the target itself.
-        gap: `[B]`, of integrated gradients: `|delta| / sum |tokens|`.
-        delta: `[B]`, of integrated gradients: `sum(tokens) - (target - target at the baseline)`.
-        steps: `[B]`, of integrated gradients: the steps taken.
+        gap: `[B]`, with integrated gradients: `|delta| / sum |tokens|`.
+        delta: `[B]`, with integrated gradients: `sum(tokens) - (target - target at the baseline)`.
+        steps: `[B]`, with integrated gradients: the steps taken.
         input_ids: `[B,T]`, the token ids, 0 at padding.
         mask: `[B,T]`, True at real tokens.
         method: which method.
-        norm: how a gradient became a number, of saliency and SmoothGrad; else None.
+        norm: with saliency and SmoothGrad, how a gradient became a number; else None.
     """
 
     tokens: Float[Array, "B T"]
@@ -69,15 +69,17 @@ class Attribution(Record):
     @property
     def meaning(self) -> str:
         """What the numbers are, in a phrase."""
-        return MEANINGS[self.method].format(norm=NORMS.get(self.norm or ""))
+        return MEANINGS[self.method].format(norm=GRADIENT_NORMS.get(self.norm or ""))
 
     def top(self, k: int) -> TopShares:
-        """The k tokens of largest absolute value of each row, `[k,B]`.
+        """The k tokens of largest absolute value in each row, `[k,B]`.
 
         A row of fewer real tokens ends with columns of padding, of value zero.
         """
         checked_count("k", k, self.tokens.shape[-1])
+        # -1 at padding, so that a real token whose share is zero comes before it.
         size = jnp.where(self.mask, jnp.abs(self.tokens), -1)
+        # Results have the k entries first and examples last; top_k sorts the last axis.
         index = jnp.moveaxis(jax.lax.top_k(size, k)[1], -1, 0)
         return TopShares(jnp.take_along_axis(self.tokens, index.T, -1).T, index)
 

@@ -2,94 +2,13 @@
 
 from dataclasses import dataclass, fields
 from itertools import groupby
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from arrakis_jax.core.errors import expected
-
-Activation = Literal[
-    "gelu", "gelu_tanh", "gelu_bloom", "quick_gelu", "silu", "relu", "identity"
-]  # fmt: skip
-ACTIVATIONS = ("gelu", "gelu_tanh", "gelu_bloom", "quick_gelu", "silu", "relu", "identity")
-PLACEMENTS = ("pre", "post", "both", "stream_before", "stream_after")
-QK_NORMS = ("head", "each_head", "all_heads")
-
-# What each kind of RoPE scaling needs, besides `kind` and `attention_factor`.
-ROPE_SCALINGS = {
-    "linear": ("factor",),
-    "dynamic": ("factor", "original_max_positions"),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_positions"),
-    "yarn": ("factor", "beta_fast", "beta_slow", "original_max_positions"),
-    "longrope": ("short_factor", "long_factor", "original_max_positions"),
-}
-
-
-# What the values of a field must be, by the type in its annotation.
-TYPES = {
-    int: "an int",
-    float: "a finite number",
-    bool: "True or False",
-    tuple[bool, ...]: "a tuple of bools",
-}
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if kind is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and -1e300 < value < 1e300
-    if kind == tuple[bool, ...]:
-        return isinstance(value, tuple) and all(isinstance(v, bool) for v in value)
-    return isinstance(value, kind) and (kind is not int or not isinstance(value, bool))
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How rotary frequencies are changed for contexts longer than those first trained on.
-
-    Attributes:
-        kind: "llama3" (long wavelengths are slowed down, short ones kept), "linear" (all are
-            slowed down), "dynamic" (the base grows with the longest row of the batch), "yarn"
-            (interpolated by rotations), or "longrope" (a factor for each frequency, one list for
-            batches that fit the first context, and one for longer ones).
-        factor: how much longer the context becomes.
-        low_freq_factor: llama3: wavelengths above `original_max_positions / low_freq_factor` are
-            divided by `factor` in frequency.
-        high_freq_factor: llama3: wavelengths below `original_max_positions / high_freq_factor` are
-            kept; between the two the frequency is interpolated.
-        original_max_positions: the context of the first training, in tokens.
-        beta_fast: yarn: frequencies that turn more often than this in the first context are kept.
-        beta_slow: yarn: those that turn less often are divided by `factor`.
-        truncate: yarn: whether the bounds of the interpolation are rounded to whole dimensions.
-        short_factor: longrope: a divisor for each frequency.
-        long_factor: longrope: the same, when the longest row exceeds the first context.
-        attention_factor: multiplies cosines and sines (so that scores grow by its square).
-    """
-
-    factor: float | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_positions: int | None = None
-    kind: Literal["linear", "dynamic", "llama3", "yarn", "longrope"] = "llama3"
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    truncate: bool = True
-    short_factor: tuple[float, ...] | None = None
-    long_factor: tuple[float, ...] | None = None
-    attention_factor: float = 1.0
-
-    def __post_init__(self):
-        if self.kind not in ROPE_SCALINGS:
-            must = f"one of {tuple(ROPE_SCALINGS)}"
-            raise ValueError(expected("kind", must, repr(self.kind), "choose one"))
-        for name in (*ROPE_SCALINGS[self.kind], "attention_factor"):
-            value, listed = getattr(self, name), name in ("short_factor", "long_factor")
-            values = value if listed and isinstance(value, tuple) else (value,)
-            right = bool(values) and all(_fits(v, float) and v > 0 for v in values)
-            if not right or listed != isinstance(value, tuple):
-                must = "a tuple of numbers > 0" if listed else "a number > 0"
-                do = f"a scaling of kind {self.kind!r} needs it"
-                raise ValueError(expected(name, must, repr(value), do))
+from arrakis_jax.core.axes import Array
+from arrakis_jax.core.config_rules import problems_of
+from arrakis_jax.core.rope_scaling import RopeScaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +137,9 @@ class ModelConfig:
     out_bias: bool = False
     parallel: bool = False
     shared_norm: bool = False
-    activation: Activation = "identity"
+    activation: Literal[
+        "gelu", "gelu_tanh", "gelu_bloom", "quick_gelu", "silu", "relu", "identity"
+    ] = "identity"
     gated: bool = False
     mlp_bias: bool = False
     mlp_limit: float | None = None
@@ -243,107 +164,7 @@ class ModelConfig:
 
     def __post_init__(self):
         self._from_json()
-        problems = []
-
-        def demand(condition: bool, name: str, must: str, do: str = "choose one"):
-            if not condition:
-                problems.append(expected(name, must, repr(getattr(self, name)), do))
-
-        may_be_zero = ("n_layers", "d_mlp", "position_offset", "n_experts", "experts_per_token",
-                       "d_expert", "d_shared_expert")  # fmt: skip
-        kinds = TYPES | {RopeScaling: "a RopeScaling"}
-        for field in fields(self):
-            value, given = getattr(self, field.name), (get_args(field.type) or (field.type,))
-            kind, optional = next((k for k in given if k in kinds), None), type(None) in given
-            if kind is None or (optional and value is None):
-                continue
-            least = (0 if field.name in may_be_zero else 1) if kind is int else None
-            right = _fits(value, kind) and (least is None or value >= least)
-            must = kinds[kind] + (f" >= {least}" if kind is int else "")
-            demand(right, field.name, must + (" or None" if optional else ""), "check it")
-        if problems:  # what follows compares numbers
-            raise ValueError("\n".join(problems))
-        for name in ("rope_layers", "window_layers", "moe_layers"):
-            value = getattr(self, name)
-            demand(value is None or len(value) == self.n_layers, name,
-                   f"None or {self.n_layers} bools", "give one for each layer")  # fmt: skip
-        demand(self.n_heads % self.n_kv_heads == 0, "n_heads",
-               f"a multiple of n_kv_heads={self.n_kv_heads}", "change one of them")  # fmt: skip
-        choices = {
-            "norm": ("layernorm", "rmsnorm", None),
-            "norm_placement": PLACEMENTS,
-            "positions": ("learned", "rope", "alibi", None),
-            "qk_norm": (*QK_NORMS, None),
-            "activation": ACTIVATIONS,
-            "dtype": ("float32", "bfloat16", "float64"),
-            "stream_dtype": ("bfloat16", None),
-            "matmul_precision": ("highest", "high", "default"),
-        }
-        for name, values in choices.items():
-            demand(getattr(self, name) in values, name, f"one of {values}")
-        has_eps = self.norm_eps is not None and self.norm_eps >= 0
-        demand(has_eps == (self.norm is not None), "norm_eps",
-               "a number >= 0 with a norm and None without", "set both or neither")  # fmt: skip
-        demand((self.positions == "rope") == (self.rope_theta is not None), "rope_theta",
-               "set exactly with positions='rope'", "set both or neither")  # fmt: skip
-        for name in ("rope_scaling", "rotary_dim", "rope_layers", "window_rope_theta"):
-            demand(getattr(self, name) is None or self.positions == "rope", name,
-                   "None without positions='rope'", "drop it")  # fmt: skip
-        demand(self.window_rope_scaling is None or self.window_rope_theta is not None,
-               "window_rope_scaling", "None without window_rope_theta", "drop it")  # fmt: skip
-        for name in ("window_layers", "window_rope_theta"):
-            demand(getattr(self, name) is None or self.window is not None, name,
-                   "None without a window", "set both or neither")  # fmt: skip
-        for name in ("rope_theta", "window_rope_theta", "attention_softcap", "logit_softcap",
-                     "clip_qkv", "mlp_limit"):  # fmt: skip
-            value = getattr(self, name)
-            demand(value is None or value > 0, name, "a number > 0 or None", "correct it")
-        if self.positions == "rope":
-            demand(self.d_rotary % 2 == 0 and self.d_rotary <= self.d_head,
-                   "d_head" if self.rotary_dim is None else "rotary_dim",
-                   f"even with RoPE, and at most d_head={self.d_head}",
-                   "change one of them")  # fmt: skip
-        demand(not self.position_offset or self.positions == "learned", "position_offset",
-               "0 without positions='learned'", "drop it")  # fmt: skip
-        for prefix in ("", "window_"):
-            scaling = getattr(self, f"{prefix}rope_scaling")
-            theta, pairs = getattr(self, f"{prefix}rope_theta"), self.d_rotary // 2
-            if scaling is None:
-                continue
-            demand(scaling.kind != "dynamic" or pairs > 1, "rotary_dim",
-                   "more than 2 with dynamic scaling", "choose another scaling")  # fmt: skip
-            demand(scaling.kind != "yarn" or (theta or 0) > 1, f"{prefix}rope_theta",
-                   "more than 1 with yarn scaling", "correct it")  # fmt: skip
-            lengths = {len(f or ()) for f in (scaling.short_factor, scaling.long_factor)}
-            demand(scaling.kind != "longrope" or lengths == {pairs}, f"{prefix}rope_scaling",
-                   f"with {pairs} factors in each list", "give one for each pair")  # fmt: skip
-        demand(not self.falcon_alibi or self.positions == "alibi", "falcon_alibi",
-               "False without positions='alibi'", "drop it")  # fmt: skip
-        demand(not self.shared_norm or self.parallel, "shared_norm", "False without parallel",
-               "set both or neither")  # fmt: skip
-        demand(not self.parallel or self.norm_placement == "pre", "norm_placement",
-               "'pre' with parallel", "no other is supported")  # fmt: skip
-        normed = self.norm_placement != "pre" or self.embed_norm or self.qk_norm is not None
-        demand(self.norm is not None or not normed, "norm", "set where norms are asked for",
-               "choose one, or drop norm_placement, embed_norm and qk_norm")  # fmt: skip
-        experts = (self.experts_per_token, self.d_expert)
-        demand(all(experts) if self.n_experts else not any((*experts, self.d_shared_expert)),
-               "n_experts", "set with experts_per_token and d_expert, or 0 with both 0 (and "
-               "d_shared_expert)", "set all or none")  # fmt: skip
-        demand(self.experts_per_token <= self.n_experts, "experts_per_token",
-               f"at most n_experts={self.n_experts}", "change one of them")  # fmt: skip
-        dense = self.moe_layers is not None and not all(self.moe_layers)
-        if self.n_experts:
-            demand((self.d_mlp > 0) == dense, "d_mlp",
-                   "positive if some layer has no experts, else 0", "check it")  # fmt: skip
-        for name in ("moe_layers", "router_bias", "renormalise"):
-            demand(not getattr(self, name) or self.n_experts > 0, name,
-                   "unset without n_experts", "drop it")  # fmt: skip
-        demand(not self.norms_stream or self.d_mlp > 0 or self.n_experts > 0, "norm_placement",
-               "another one in a model without MLPs", "no other is supported")  # fmt: skip
-        demand(not self.stream_dtype or not self.norm_placement.startswith("stream"),
-               "stream_dtype", f"None with norm_placement={self.norm_placement!r}",
-               "its rounding would be no term of a decomposition")  # fmt: skip
+        problems = problems_of(self)
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -354,10 +175,11 @@ class ModelConfig:
             if isinstance(value, list):
                 value = tuple(value)
             elif isinstance(value, dict):
-                about: dict[str, Any] = {
-                    k: tuple(v) if isinstance(v, list) else v for k, v in value.items()
+                entries: dict[str, Any] = {
+                    name: tuple(entry) if isinstance(entry, list) else entry
+                    for name, entry in value.items()
                 }
-                value = RopeScaling(**about)
+                value = RopeScaling(**entries)
             object.__setattr__(self, field.name, value)
 
     @property
@@ -382,9 +204,24 @@ class ModelConfig:
         return self.d_head if self.rotary_dim is None else self.rotary_dim
 
     @property
+    def rotary_pairs(self) -> int:
+        """How many pairs of a head's dimensions RoPE rotates."""
+        return self.d_rotary // 2
+
+    @property
+    def heads_per_group(self) -> int:
+        """R, how many query heads share a key/value head."""
+        return self.n_heads // self.n_kv_heads
+
+    def score_scale(self, layer: Array | int) -> Array | float:
+        """The factor on the products of queries and keys in a layer."""
+        scale = self.d_head**-0.5 if self.attention_scale is None else self.attention_scale
+        return scale / (layer + 1) if self.scale_by_inverse_layer else scale
+
+    @property
     def norms_stream(self) -> bool:
-        """Whether norms are applied to the stream itself, which is then no plain sum."""
-        return self.norm_placement.startswith("stream")
+        """Whether norms are applied to the stream itself, which then is not a plain sum."""
+        return self.norm_placement in ("stream_before", "stream_after")
 
     @property
     def segments(self) -> tuple[tuple[bool, int], ...]:
@@ -394,5 +231,10 @@ class ModelConfig:
         return tuple((moe, len(list(layers))) for moe, layers in groupby(self.moe_layers))
 
     def has_mlp(self, moe: bool) -> bool:
-        """Whether a layer with or without experts has an MLP."""
+        """Whether a layer, with experts (`moe`) or without, has an MLP; experts count as one."""
         return moe or self.d_mlp > 0
+
+    @property
+    def any_mlp(self) -> bool:
+        """Whether some layer has an MLP; experts count as one."""
+        return self.has_mlp(self.n_experts > 0)

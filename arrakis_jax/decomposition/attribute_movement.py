@@ -7,21 +7,20 @@ import jax
 import jax.numpy as jnp
 
 from arrakis_jax.core.axes import Array, Float
-from arrakis_jax.core.checks import Mask, Tokens, checked_positions, checked_tokens
+from arrakis_jax.core.checks import Mask, Tokens, checked_positions
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import norm, ratio
-from arrakis_jax.decomposition.attribute_to import point_in, point_of
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.source import stream_of
+from arrakis_jax.forward.source import Source, source_of
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.labels import Labels
 from arrakis_jax.results.terms import TermValues
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
-from arrakis_jax.terms.capture import WHOLE, captured, checked_by
+from arrakis_jax.terms.capture import WHOLE, checked_by, terms_stream
 from arrakis_jax.terms.decomposition import Decomposition
-from arrakis_jax.terms.points import checked_point, located
-from arrakis_jax.terms.stream import Span, terms
+from arrakis_jax.terms.points import Span, StreamPoint, checked_point
+from arrakis_jax.terms.stream import terms
 
 
 @jax.tree_util.register_dataclass
@@ -94,43 +93,35 @@ def attribute_movement(
     """
     config = model.config
     checked_by(config, by)
-    span = Span(_point(end, "end", config), _point(start, "start", config))
-    if span.begins == span.ends or max(b - e for b, e in zip(*span[::-1], strict=True)) > 0:
+    begin, stop = _point(start, "start", config), _point(end, "end", config)
+    if begin == stop or begin.attn > stop.attn or begin.mlp > stop.mlp:
         do = "the terms are what is written from start to end"
         raise ValueError(expected("end", f"a point after start={start!r}", repr(end), do))
-    stream = stream_of(tokens, mask)
-    if stream is None:
-        tokens, mask = checked_tokens(config, tokens, mask, check=check)
-        positions = checked_positions(positions, tokens.shape, mask)
-        return _run_and_split(model, tokens, mask, span=span, by=by, positions=positions)
-    stream.need("mask", all_positions=by in WHOLE)
-    positions = checked_positions(positions, stream.mask.shape, stream.mask)
-    return _split(model, stream, span=span, by=by, positions=positions)
+    source = source_of(model, tokens, mask, check=check)
+    if source.captured is not None:
+        source.captured.need(all_positions=by in WHOLE)
+    positions = checked_positions(positions, source.shape, source.mask)
+    return _split(model, source, span=Span(begin, stop), by=by, positions=positions)
 
 
-def _point(point: Any, name: str, config: ModelConfig) -> tuple[int, int]:
+def _point(point: Any, name: str, config: ModelConfig) -> StreamPoint:
     return checked_point(("resid_post", point) if isinstance(point, int) else point, config, name)
 
 
 @compiled("span", "by", "positions")
-def _run_and_split(model, tokens, mask, *, span, by, positions):
-    points = {point_of(ends, model.config)[0] for ends in span}
-    stream = captured(model, tokens, mask, by, positions=positions, also=tuple(sorted(points)))
-    return _shares(model, stream, span, by, positions)
-
-
-@compiled("span", "by", "positions")
-def _split(model, stream, *, span, by, positions):
-    return _shares(model, stream, span, by, positions)
-
-
-def _shares(model, stream, span, by, positions):
+def _split(
+    model: Transformer,
+    source: Source,
+    *,
+    span: Span,
+    by: str,
+    positions: tuple[int, ...] | None,
+) -> MovementAttribution:
     config = model.config
-    ends, begins = (point_of(which, config) for which in span)
-    stream.need(begins[0], ends[0])
-    stream, number = located(stream, positions, by)
-    a, b = (point_in(stream, point).astype(config.acc) for point in (begins, ends))
-    parts = Decomposition(*terms(model, stream, number, span, by=by, origin=a))
+    fields = tuple(dict.fromkeys(point.field(config) for point in span))
+    stream, ranks = terms_stream(model, source, by, positions=positions, also=fields)
+    a, b = (point.of(stream, config) for point in span)
+    parts = Decomposition(*terms(model, stream, ranks, span, by=by, origin=a))
     delta = b - a
     distance = norm(delta)
     shares = ratio(parts.along(delta), jnp.square(distance)[None])

@@ -8,21 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from arrakis_jax.core.axes import Array, Float, over
-from arrakis_jax.core.checks import Mask, checked_layers, checked_positions, checked_tokens
+from arrakis_jax.core.checks import Mask, checked_layers, checked_positions
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract, ratio
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.source import stream_of
+from arrakis_jax.forward.source import Source, source_of
+from arrakis_jax.nn.block import Block
 from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.nn.walk import at_layer
 from arrakis_jax.results.labels import Labels
 from arrakis_jax.results.terms import TermValues
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
-from arrakis_jax.terms.capture import WHOLE, captured, checked_by
+from arrakis_jax.terms.capture import WHOLE, Kinds, checked_by, terms_stream
 from arrakis_jax.terms.decomposition import Decomposition
-from arrakis_jax.terms.points import checked_point, located
-from arrakis_jax.terms.stream import Span, checked_kinds, terms
+from arrakis_jax.terms.points import Span, StreamPoint, checked_point
+from arrakis_jax.terms.stream import checked_kinds, terms
 
 
 @jax.tree_util.register_dataclass
@@ -108,68 +110,37 @@ def attribute_to(
     """
     config = model.config
     checked_by(config, by)
-    ends = checked_point(at, config)
-    point = point_of(ends, config)
+    point = checked_point(at, config)
     checked_reader(model, point, through)
-    options = {
-        "at": at if at == "final" else tuple(at),
-        "through": through,
-        "by": by,
-        "layers": checked_layers(layers, config.n_layers),
-        "kinds": checked_kinds(kinds),
-    }
-    stream = stream_of(residuals, mask)
-    if stream is None:
-        tokens, mask = checked_tokens(config, residuals, mask, check=check, name="residuals")
-        positions = checked_positions(positions, tokens.shape, mask)
-        direction = _checked_direction(config, direction, tokens.shape, positions)
-        return _run_and_attribute_to(model, tokens, mask, direction, positions=positions, **options)
-    stream.need("mask", all_positions=by in WHOLE)
-    positions = checked_positions(positions, stream.mask.shape, stream.mask)
-    held = stream.positions if positions is None else positions
-    direction = _checked_direction(config, direction, stream.mask.shape, held)
-    return _attribute_to(model, stream, direction, positions=positions, **options)
+    source = source_of(model, residuals, mask, check=check, name="residuals")
+    if source.captured is not None:
+        source.captured.need(all_positions=by in WHOLE)
+    positions = checked_positions(positions, source.shape, source.mask)
+    held = source.held if positions is None else positions
+    return _attribute_to(
+        model,
+        source,
+        _checked_direction(config, direction, source.shape, held),
+        positions=positions,
+        point=point,
+        through=through,
+        by=by,
+        layers=checked_layers(layers, config.n_layers),
+        kinds=checked_kinds(kinds),
+    )
 
 
-Point = tuple[str, int]
-
-
-def point_of(ends: tuple[int, int], config: ModelConfig) -> Point:
-    """The field that holds the point after these many attentions and MLPs, and its layer."""
-    attn, mlp = ends
-    if attn != mlp:
-        return "resid_mid", mlp
-    return ("final", -1) if mlp == config.n_layers else ("resid_pre", mlp)
-
-
-def point_in(stream: ResidualStream, point: Point) -> Float[Array, "B T D"]:
-    """The stream at a point."""
-    name, layer = point
-    if name == "final":
-        return stream.final
-    return of_layer(stream, name, layer)
-
-
-def of_layer(stream: ResidualStream, name: str, layer: int) -> Array:
-    """A field of one layer, counted from 0."""
-    if stream.layers is not None and layer not in stream.layers:
-        stream.need(all_layers=True)
-    row = layer if stream.layers is None else stream.layers.index(layer)
-    return getattr(stream, name)[row]
-
-
-def checked_reader(model: Transformer, point: Point, through: Any) -> None:
+def checked_reader(model: Transformer, point: StreamPoint, through: Any) -> None:
     """Raises ValueError unless this norm reads the stream at this point."""
     config = model.config
-    name, _ = point
+    name = point.field(config)
     readers = {"final": ("final",), "resid_mid": ("mlp",), "resid_pre": ("attn",)}[name]
     if name == "resid_pre" and config.parallel and not config.shared_norm:
         readers = ("attn", "mlp")
-    block = model.stacks()[0][0] if config.n_layers else None
-    norms = {"final": model.norm_final}
-    if block is not None and config.norm_placement != "stream_after":
-        norms |= {"attn": block.norm_attn, "mlp": block.norm_mlp}
-    choices = (None, *(reader for reader in readers if norms.get(reader) is not None))
+    held = {"final": model.norm_final is not None}
+    if config.n_layers and config.norm_placement != "stream_after":
+        held |= at_layer(model, _norms_of, 0)
+    choices = (None, *(reader for reader in readers if held.get(reader)))
     if through not in choices:
         do = "these read the stream at this point"
         raise ValueError(expected("through", f"one of {choices}", repr(through), do))
@@ -191,37 +162,38 @@ def _checked_direction(
     return jnp.asarray(direction, config.acc)
 
 
-@compiled("positions", "at", "through", "by", "layers", "kinds")
-def _run_and_attribute_to(
-    model, tokens, mask, direction, *, positions, at, through, by, layers, kinds
-):
-    name, _ = point_of(checked_point(at, model.config), model.config)
-    scale = () if through is None else (f"norm_{through}_scale",)
-    stream = captured(model, tokens, mask, by, kinds=kinds, positions=positions,
-                      also=(name, *scale))  # fmt: skip
-    return _along(model, stream, direction, positions, at, through, by, layers, kinds)
+def _norms_of(block: Block, _: Any) -> dict[str, bool]:
+    return {"attn": block.norm_attn is not None, "mlp": block.norm_mlp is not None}
 
 
-@compiled("positions", "at", "through", "by", "layers", "kinds")
-def _attribute_to(model, stream, direction, *, positions, at, through, by, layers, kinds):
-    return _along(model, stream, direction, positions, at, through, by, layers, kinds)
-
-
-def _along(model, stream, direction, positions, at, through, by, layers, kinds):
+@compiled("positions", "point", "through", "by", "layers", "kinds")
+def _attribute_to(
+    model: Transformer,
+    source: Source,
+    direction: Array,
+    *,
+    positions: tuple[int, ...] | None,
+    point: StreamPoint,
+    through: str | None,
+    by: str,
+    layers: tuple[int, ...] | None,
+    kinds: Kinds,
+) -> DirectionAttribution:
     config = model.config
-    ends = checked_point(at, config)
-    point = point_of(ends, config)
-    stream.need(point[0], *(() if through is None else (f"norm_{through}_scale",)))
-    stream, number = located(stream, positions, by)
-    x = point_in(stream, point).astype(config.acc)
+    scale_field = () if through is None else (f"norm_{through}_scale",)
+    stream, ranks = terms_stream(
+        model, source, by, kinds=kinds, positions=positions,
+        also=(point.field(config), *scale_field),
+    )  # fmt: skip
+    x = point.of(stream, config)
     r, constant, scale = direction, jnp.zeros(direction.shape[:-1], config.acc), None
     if through is not None:
         norm, scale = _reader(model, stream, point, through)
-        r = norm.centre(norm.gained(direction))
+        r = norm.transposed(direction)
         if norm.b is not None:
             constant = contract("...D,D->...", direction, norm.b[...])
-    found = terms(model, stream, number, Span(ends), by=by, layers=layers, kinds=kinds)
-    parts = Decomposition(*found)
+    span = Span(StreamPoint(0, 0), point)
+    parts = Decomposition(*terms(model, stream, ranks, span, by=by, layers=layers, kinds=kinds))
     if direction.ndim == x.ndim and direction.ndim > 2:
         values, value = parts.along(r), contract("...D,...D->...", x, r)
     else:
@@ -251,16 +223,11 @@ def _along(model, stream, direction, positions, at, through, by, layers, kinds):
 
 
 def _reader(
-    model: Transformer, stream: ResidualStream, point: Point, through: str
+    model: Transformer, stream: ResidualStream, point: StreamPoint, through: str
 ) -> tuple[Norm, Float[Array, "B T"]]:
-    """A norm that reads the stream at a point, without a layer axis, and its scale there."""
+    """The norm that reads the stream at a point, and its scale there."""
     if through == "final":
         assert model.norm_final is not None
         return model.norm_final, stream.norm_final_scale
-    layer = point[1]
-    for block, layers in model.stacks():
-        if layer in layers:
-            norms = getattr(block, f"norm_{through}")
-            norm = jax.tree.map(lambda w, i=layer - layers.start: w[i], norms)
-            return norm, of_layer(stream, f"norm_{through}_scale", layer)
-    raise AssertionError(f"no segment holds layer {layer}")
+    norm = at_layer(model, lambda block, _: getattr(block, f"norm_{through}"), point.mlp)
+    return norm, stream.of_layer(f"norm_{through}_scale", point.mlp)

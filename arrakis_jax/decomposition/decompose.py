@@ -2,16 +2,16 @@
 
 from typing import Any
 
-from arrakis_jax.core.checks import Mask, checked_layers, checked_positions, checked_tokens
+from arrakis_jax.core.checks import Mask, checked_layers, checked_positions
 from arrakis_jax.core.errors import expected
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.source import stream_of
+from arrakis_jax.forward.source import Source, source_of
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
-from arrakis_jax.terms.capture import WHOLE, captured, checked_by
+from arrakis_jax.terms.capture import WHOLE, Kinds, checked_by, terms_stream
 from arrakis_jax.terms.decomposition import Decomposition
-from arrakis_jax.terms.points import checked_point, located
-from arrakis_jax.terms.stream import Span, checked_kinds, terms
+from arrakis_jax.terms.points import Span, StreamPoint, checked_point
+from arrakis_jax.terms.stream import checked_kinds, terms
 
 
 def decompose(
@@ -86,30 +86,31 @@ def decompose(
             do = "give one of them"
             raise ValueError(expected("at", "'final' when layer is given", repr(at), do))
         at = ("resid_post", layer)
-    options = {
-        "span": Span(checked_point(at, config)),
-        "by": by,
-        "layers": checked_layers(layers, config.n_layers),
-        "kinds": checked_kinds(kinds),
-    }
-    stream = stream_of(residuals, mask)
-    if stream is not None:
-        stream.need("mask", all_positions=by in WHOLE)
-        positions = checked_positions(positions, stream.mask.shape, stream.mask)
-        return _decompose(model, stream, positions=positions, **options)
-    tokens, mask = checked_tokens(config, residuals, mask, name="residuals")
-    positions = checked_positions(positions, tokens.shape, mask)
-    return _run_and_decompose(model, tokens, mask, positions=positions, **options)
+    source = source_of(model, residuals, mask, name="residuals")
+    if source.captured is not None:
+        source.captured.need(all_positions=by in WHOLE)
+    return _decompose(
+        model,
+        source,
+        positions=checked_positions(positions, source.shape, source.mask),
+        end=checked_point(at, config),
+        by=by,
+        layers=checked_layers(layers, config.n_layers),
+        kinds=checked_kinds(kinds),
+    )
 
 
-@compiled("positions", "span", "by", "layers", "kinds")
-def _decompose(model, stream, *, positions, span, by, layers, kinds):
-    here = located(stream, positions, by)
-    return Decomposition(*terms(model, *here, span, by=by, layers=layers, kinds=kinds))
-
-
-@compiled("positions", "span", "by", "layers", "kinds")
-def _run_and_decompose(model, tokens, mask, *, positions, span, by, layers, kinds):
-    stream = captured(model, tokens, mask, by, kinds=kinds, layers=layers, positions=positions)
-    here = located(stream, positions, by)
-    return Decomposition(*terms(model, *here, span, by=by, layers=layers, kinds=kinds))
+@compiled("positions", "end", "by", "layers", "kinds")
+def _decompose(
+    model: Transformer,
+    source: Source,
+    *,
+    positions: tuple[int, ...] | None,
+    end: StreamPoint,
+    by: str,
+    layers: tuple[int, ...] | None,
+    kinds: Kinds,
+) -> Decomposition:
+    stream, ranks = terms_stream(model, source, by, kinds=kinds, layers=layers, positions=positions)
+    span = Span(StreamPoint(0, 0), end)
+    return Decomposition(*terms(model, stream, ranks, span, by=by, layers=layers, kinds=kinds))

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from arrakis_jax.core.axes import Array, Float
 from arrakis_jax.core.checks import (
@@ -14,24 +15,23 @@ from arrakis_jax.core.checks import (
     checked_ids,
     checked_layers,
     checked_position,
-    checked_tokens,
     host,
 )
 from arrakis_jax.core.errors import NotCapturedError
 from arrakis_jax.core.numerics import contract, ratio
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.source import stream_of
+from arrakis_jax.forward.source import Source, source_of
+from arrakis_jax.frozen.reads import StreamReader
 from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.nn.walk import segment_layers
 from arrakis_jax.results.labels import Labels
 from arrakis_jax.results.terms import TermValues
-from arrakis_jax.stream.capture import Capture
-from arrakis_jax.stream.padding import Padding
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
-from arrakis_jax.terms.capture import WHOLE, Kinds, checked_by, fields_for
-from arrakis_jax.terms.decomposition import Decomposition, assembled
-from arrakis_jax.terms.points import located
-from arrakis_jax.terms.scan import Readout, in_scan, labels_in_scan, outside_of, readout_of
-from arrakis_jax.terms.stream import Span, checked_kinds, embeddings, terms
+from arrakis_jax.terms.capture import WHOLE, Kinds, checked_by
+from arrakis_jax.terms.decomposition import assembled
+from arrakis_jax.terms.factors import Measured
+from arrakis_jax.terms.scan import LayerValues, Readout, labels_of, over_terms, readout_of
+from arrakis_jax.terms.stream import checked_kinds, embeddings
 
 
 @jax.tree_util.register_dataclass
@@ -115,25 +115,16 @@ def logit_attribution(
     Reference:
         Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.
     """
-    ask = asked(model, tokens, targets, against=against, by=by, position=position, layers=layers,
-                kinds=kinds, mask=mask, check=check)  # fmt: skip
-    about = (ask.position, ask.targets, ask.against)
-    if ask.stream is None:
-        return _run_and_attribute(model, ask.tokens, ask.mask, *about, **ask.options)
-    return _attribute(model, ask.stream, *about, column=ask.column, **ask.options)
+    question = asked(model, tokens, targets, against=against, by=by, position=position,
+                     layers=layers, kinds=kinds, mask=mask, check=check)  # fmt: skip
+    return _attribute(model, *question.arrays, **question.static)
 
 
-class Asked(NamedTuple):
-    """The checked arguments of an attribution: a stream, or what to run; and what is static."""
+class Question(NamedTuple):
+    """The checked arguments of an attribution: arrays, and what is static."""
 
-    stream: ResidualStream | None
-    tokens: Array
-    mask: Array | None
-    position: Array | None
-    targets: Array
-    against: Array | None
-    column: int | None
-    options: dict[str, Any]
+    arrays: tuple[Source, Array | None, Array, Array | None]
+    static: dict[str, Any]
 
 
 def asked(
@@ -148,36 +139,32 @@ def asked(
     kinds: Any,
     mask: Any,
     check: bool,
-) -> Asked:
+) -> Question:
     """The arguments of `logit_attribution`, checked."""
     config = model.config
     checked_by(config, by)
-    options = {
+    static: dict[str, Any] = {
         "by": by,
         "layers": checked_layers(layers, config.n_layers),
         "kinds": checked_kinds(kinds),
     }
-    stream = stream_of(tokens, mask)
-    if stream is None:
-        tokens, mask = checked_tokens(config, tokens, mask, check=check)
-        shape = tokens.shape
-    else:
-        stream.need("mask", all_layers=layers is None, all_positions=by in WHOLE)
-        shape, mask = stream.mask.shape, stream.mask
-    held, column = None if stream is None else stream.positions, None
+    source = source_of(model, tokens, mask, check=check)
+    if source.captured is not None:
+        source.captured.need(all_layers=layers is None, all_positions=by in WHOLE)
+    shape, columns = source.shape, source.held
     if position is None:
-        shape = shape if held is None else (*shape[:-1], len(held))
+        shape = shape if columns is None else (*shape[:-1], len(columns))
     else:
-        given = position
-        rows = (shape[0], mask) if len(shape) == 2 else (1, None if mask is None else mask[None])
-        position = checked_position(given, *rows, shape[-1])
+        columns = None if columns is None else (_column(position, columns),)
+        rows = shape[0] if len(shape) == 2 else 1
+        batch = None if source.mask is None else source.mask.reshape(rows, -1)
+        position = checked_position(position, rows, batch, shape[-1])
         shape = shape[:-1]
         position = position.reshape(shape)
-        column = None if held is None else _column(given, held)
     targets = checked_ids(config, targets, shape, check=check)
     if against is not None:
         against = checked_ids(config, against, shape, name="against", check=check)
-    return Asked(stream, tokens, mask, position, targets, against, column, options)
+    return Question((source, position, targets, against), {"columns": columns, **static})
 
 
 def _column(position: Any, held: tuple[int, ...]) -> int:
@@ -193,80 +180,76 @@ def _column(position: Any, held: tuple[int, ...]) -> int:
     return chosen.pop()
 
 
-@compiled("by", "layers", "kinds", "column")
-def _attribute(model, stream, position, targets, against, *, by, layers, kinds, column):
-    one = position is not None
-    if column is not None:
-        stream, number = located(stream, (column,), by)
-    elif one:
-        number = Padding.of(stream.mask.shape, stream.mask).counted(position[..., None])
-        stream = stream.at(position[..., None], whole=WHOLE.get(by, ()))
-    else:
-        stream, number = located(stream, None, by)
-    reading = readout_of(model, targets, against, one)
-    return stacked(model, stream, number, reading, by=by, layers=layers, kinds=kinds)
-
-
-@compiled("by", "layers", "kinds")
-def _run_and_attribute(model, tokens, mask, position, targets, against, *, by, layers, kinds):
-    padding = Padding.of(tokens.shape, mask)
-    at = None if position is None else position[:, None]
-    number = padding.rank if at is None else padding.counted(at)
-    reading = readout_of(model, targets, against, position is not None)
-    if layers is None and not model.config.norms_stream:
-        passed = in_scan(model, tokens, mask, at, reading.direction, by=by, kinds=kinds,
-                         state=None, step=lambda state, layer, found: (state, found))  # fmt: skip
-        stream = outside_of(passed, padding, at)
-        names, first = embeddings(model, stream, number, kinds)
-        labels = labels_in_scan(model, names, passed.found, kinds)
-        first = contract("C...D,...D->C...", first, reading.direction)
-        values = assembled(first, passed.found, labels)
-        return attribution(model, stream, reading, values, labels, kinds is None)
-    fields = (*fields_for(model.config, by, kinds), "final", "norm_final_scale")
-    every = model.config.stream_dtype is not None or model.config.norms_stream
-    stream = model.after_embedding(
-        model.embed(tokens, mask=mask),
-        mask=mask,
-        capture=Capture(fields, layers=None if every else layers),
-        at=at,
-        whole=WHOLE.get(by, ()),
-    ).residuals
-    return stacked(model, stream, number, reading, by=by, layers=layers, kinds=kinds)
-
-
-def stacked(
+@compiled("columns", "by", "layers", "kinds")
+def _attribute(
     model: Transformer,
-    stream: ResidualStream,
-    number: Array,
-    reading: Readout,
+    source: Source,
+    position: Array | None,
+    targets: Array,
+    against: Array | None,
     *,
+    columns: tuple[int, ...] | None,
     by: str,
     layers: tuple[int, ...] | None,
     kinds: Kinds,
 ) -> LogitAttribution:
-    """The attribution of a located stream, which holds what its terms are made of."""
-    n = model.config.n_layers
-    stream.need("final", *(() if model.norm_final is None else ("norm_final_scale",)))
-    found = terms(model, stream, number, Span((n, n)), by=by, layers=layers, kinds=kinds)
-    values = Decomposition(*found).along(reading.direction)
-    complete = layers is None and kinds is None
-    return attribution(model, stream, reading, values, found.labels, complete)
+    at = columns if columns is not None or position is None else position[..., None]
+    readout = readout_of(model, targets, against, position is not None)
+    readout.check(model, source)
+    reader = StreamReader.of(model, readout.direction)
+
+    def keep(_: None, layer: LayerValues) -> tuple[None, tuple]:
+        return None, (layer.terms, layer.passed)
+
+    stream, walked = over_terms(model, source, reader, None, keep, by=by, kinds=kinds,
+                                layers=layers, at=at)  # fmt: skip
+    names, first = embeddings(model, stream, source.ranks(at), kinds)
+    first = contract("C...D,...D->C...", first, reader.first)
+    layered = [terms for terms, _ in walked.by_segment]
+    labels = labels_of(model, names, layered, kinds, layers)
+    if model.config.norms_stream:
+        passed = jnp.concatenate([factor for _, factor in walked.by_segment])
+        first, layered = _at_the_end(model, reader, first, layered, passed, layers)
+    values = assembled(first, layered, labels)
+    return _result(model, stream, readout, values, labels, layers is None and kinds is None)
 
 
-def attribution(
+def _at_the_end(
+    model: Transformer,
+    reader: StreamReader,
+    first: Array,
+    layered: list[tuple[Measured, ...]],
+    passed: Float[Array, "L B T"],
+    layers: tuple[int, ...] | None,
+) -> tuple[Array, list[tuple[Measured, ...]]]:
+    """The terms of these layers, times the factors of all later norms on the stream."""
+    # from_layer[l]: the product of the factors of layers l and later; one after the last.
+    from_layer = jax.lax.cumprod(passed, axis=0, reverse=True)
+    from_layer = jnp.concatenate([from_layer, jnp.ones_like(passed[:1])]) * reader.size
+    at_the_end = []
+    for terms, own in zip(layered, segment_layers(model), strict=True):
+        kept = np.array([i for i in own if layers is None or i in layers], int)
+        if len(kept):
+            later = from_layer[kept + 1][:, None]
+            rows = kept - own[0]
+            at_the_end.append(tuple(Measured(t.value[rows] * later, t.kind) for t in terms))
+    return first * from_layer[0], at_the_end
+
+
+def _result(
     model: Transformer,
     stream: ResidualStream,
-    reading: Readout,
+    readout: Readout,
     values: Float[Array, "C B T"],
     labels: Labels,
     complete: bool,
 ) -> LogitAttribution:
     """The result, from each term's product with the direction; NaN where there is no position."""
-    read = reading.of(model, stream)
-    terms = jnp.where(stream.mask[None], values / read.scale[None], reading.absent)
+    read = readout.of(model, stream)
+    terms = jnp.where(stream.mask[None], values / read.scale[None], readout.absent)
     rest = read.logit - read.constant - terms.sum(0)
     gap = ratio(jnp.abs(rest), jnp.abs(terms).sum(0)) if complete else jnp.full_like(rest, jnp.nan)
     result = LogitAttribution(
         terms=terms, constant=read.constant, logit=read.logit, rest=rest, gap=gap, labels=labels
     )
-    return jax.tree.map(lambda x: x[..., 0], result) if reading.one else result
+    return jax.tree.map(lambda x: x[..., 0], result) if readout.one else result

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -16,16 +17,15 @@ from arrakis_jax.core.checks import (
     checked_count,
     checked_ids,
     checked_positions,
-    checked_tokens,
 )
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.numerics import contract
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.source import batch_of, stream_of
+from arrakis_jax.forward.source import Source, source_of
 from arrakis_jax.nn.site import Sites
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.record import ABSENT, Record
-from arrakis_jax.stream.points import Points, point_capture, stream_points
+from arrakis_jax.stream.points import Points, point_fields, stream_points
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 
 # How many logits exist at a time, unless a chunk is asked for; and the least chunk.
@@ -116,29 +116,21 @@ def logit_lens(
     checked_count("k", k, config.vocab_size)
     if chunk is not None:
         checked_count("chunk", chunk, config.vocab_size)
-    stream = stream_of(tokens, mask)
-    if stream is None:
-        tokens, mask = checked_tokens(config, tokens, mask, check=check)
-        shape, held = tokens.shape, None
-    else:
-        batch_of(stream)
-        shape, mask, held = stream.mask.shape, stream.mask, stream.positions
-    chosen = checked_positions(positions, shape, mask)
-    read_out = held if chosen is None else chosen
-    width = shape[1] if read_out is None else len(read_out)
+    source = source_of(model, tokens, mask, check=check, batch=True)
+    chosen = checked_positions(positions, source.shape, source.mask)
+    chosen = source.held if chosen is None else chosen
+    shape = (source.shape[0], source.shape[1] if chosen is None else len(chosen))
     if targets is not None:
-        targets = _checked_targets(config, targets, (shape[0], width), check)
-    n_places, group = shape[0] * width, None
+        targets = _checked_targets(config, targets, shape, check)
+    n_places, group = prod(shape), None
     if chunk is None:
         chunk = _chunk(config, n_places)
         group = _group(n_places, chunk)
     options = {"k": int(k), "chunk": int(chunk), "group": group}
-    if held is not None:  # columns of what was captured, which must be known
-        return _held_lens(model, stream, targets, positions=read_out, **options)
-    at = None if chosen is None else np.array(chosen, np.int32)
-    if stream is not None:
-        return _lens(model, stream, targets, at, **options)
-    return _run_lens(model, tokens, mask, targets, at, **options)
+    if source.held is not None:  # columns of what was captured, which must be known
+        return _lens(model, source, targets, None, columns=chosen, **options)
+    at = None if chosen is None else jnp.array(chosen, jnp.int32)
+    return _lens(model, source, targets, at, columns=None, **options)
 
 
 def _checked_targets(config: ModelConfig, targets: Any, shape: tuple[int, int], check: bool):
@@ -166,23 +158,20 @@ def _group(n_places: int, chunk: int) -> int | None:
     return group if group > 1 else None
 
 
-@compiled("positions", "k", "chunk", "group")
-def _held_lens(model, stream, targets, *, positions, k, chunk, group):
-    return lens(model, stream.at(positions), targets, k, chunk, group)
-
-
-@compiled("k", "chunk", "group")
-def _lens(model, stream, targets, at, *, k, chunk, group):
-    return lens(model, stream if at is None else stream.at(at), targets, k, chunk, group)
-
-
-@compiled("k", "chunk", "group")
-def _run_lens(model, tokens, mask, targets, at, *, k, chunk, group):
-    if at is not None:
-        at = jnp.broadcast_to(at, (tokens.shape[0], *at.shape))
-    stream = model.after_embedding(
-        model.embed(tokens, mask=mask), mask=mask, capture=point_capture(model.config), at=at
-    ).residuals
+@compiled("columns", "k", "chunk", "group")
+def _lens(
+    model: Transformer,
+    source: Source,
+    targets: Array | None,
+    at: Int[Array, " N"] | None,
+    *,
+    columns: tuple[int, ...] | None,
+    k: int,
+    chunk: int,
+    group: int | None,
+) -> LogitLens:
+    fields = point_fields(model.config)
+    stream = source.stream(model, fields, at=at if columns is None else columns)
     return lens(model, stream, targets, k, chunk, group)
 
 

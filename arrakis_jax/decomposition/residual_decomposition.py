@@ -14,6 +14,7 @@ from arrakis_jax.core.errors import NotCapturedError, expected
 from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.source import stream_of
 from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.nn.walk import at_layer
 from arrakis_jax.results.record import Record
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 
@@ -86,7 +87,9 @@ def residual_decomposition(
 
 
 @jax.jit
-def _parts(resid_pre, attn_out, mlp_out, row):
+def _parts(
+    resid_pre: Array, attn_out: Array, mlp_out: Array | None, row: Array
+) -> ResidualDecomposition:
     def at(stack: Array) -> Array:
         return jax.lax.dynamic_index_in_dim(stack, row, keepdims=False)
 
@@ -114,12 +117,13 @@ def normed_decomposition(
 
 
 @compiled()
-def _normed_parts(model, stream, row):
-    pairs = [(block.norm_attn, block.norm_mlp) for block, _ in model.stacks()]
-    norms, x, scales = jax.tree.map(
+def _normed_parts(
+    model: Transformer, stream: ResidualStream, row: Int[Array, ""]
+) -> ResidualDecomposition:
+    norms = at_layer(model, lambda block, _: (block.norm_attn, block.norm_mlp), row)
+    x, scales = jax.tree.map(
         lambda a: jax.lax.dynamic_index_in_dim(a, row, keepdims=False),
         (
-            jax.tree.map(lambda *segments: jnp.concatenate(segments), *pairs),
             (stream.resid_pre, stream.attn_out, stream.mlp_out),
             (stream.norm_attn_scale[..., None], stream.norm_mlp_scale[..., None]),
         ),
@@ -129,8 +133,8 @@ def _normed_parts(model, stream, row):
     biases = jnp.zeros_like(x[0])
     for norm, scale, written in zip(norms, scales, x[1:], strict=True):
         parts = parts if before else [*parts, written]
-        parts = [norm.gained(norm.centre(part)) / scale for part in parts]
-        biases = norm.gained(norm.centre(biases)) / scale
+        parts = [norm.linear(part) / scale for part in parts]
+        biases = norm.linear(biases) / scale
         if norm.b is not None:
             biases = biases + jnp.where(real, over(norm.b[...].astype(biases.dtype), biases), 0)
         parts = [*parts, written] if before else parts

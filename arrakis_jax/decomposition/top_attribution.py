@@ -1,6 +1,6 @@
 """The largest terms of a logit, found as the layers run, so that the others never exist."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -10,18 +10,18 @@ import numpy as np
 from arrakis_jax.core.axes import Array, Float, Int
 from arrakis_jax.core.checks import Ids, Mask, Tokens, checked_count
 from arrakis_jax.core.numerics import contract, ratio
-from arrakis_jax.decomposition.logit_attribution import LogitAttribution, asked, logit_attribution
+from arrakis_jax.decomposition.logit_attribution import asked
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.nn.transformer import Layer, Transformer
+from arrakis_jax.forward.source import Source
+from arrakis_jax.frozen.reads import StreamReader
+from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.labels import Labels
-from arrakis_jax.results.ranking import top
 from arrakis_jax.results.record import Record
 from arrakis_jax.results.table import Table, table_of
-from arrakis_jax.stream.padding import Padding
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 from arrakis_jax.terms.capture import Kinds
 from arrakis_jax.terms.factors import Measured
-from arrakis_jax.terms.scan import Readout, in_scan, labels_in_scan, outside_of, readout_of
+from arrakis_jax.terms.scan import LayerValues, Readout, labels_of, over_terms, readout_of
 from arrakis_jax.terms.stream import embeddings
 
 
@@ -102,25 +102,10 @@ def top_attribution(
     Reference:
         Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.
     """
-    ask = asked(model, tokens, targets, against=against, by=by, position=position, layers=layers,
-                kinds=kinds, mask=mask, check=check)  # fmt: skip
+    question = asked(model, tokens, targets, against=against, by=by, position=position,
+                     layers=layers, kinds=kinds, mask=mask, check=check)  # fmt: skip
     checked_count("k", k, 2**31)
-    if ask.stream is None and layers is None and not model.config.norms_stream:
-        about = (ask.position, ask.targets, ask.against)
-        return _run_and_find(
-            model, ask.tokens, ask.mask, *about, k=k, by=by, kinds=ask.options["kinds"]
-        )
-    found = logit_attribution(model, tokens, targets, against=against, by=by, position=position,
-                              layers=layers, kinds=kinds, mask=mask, check=check)  # fmt: skip
-    return _selected(found, k)
-
-
-def _selected(found: LogitAttribution, k: int) -> TopAttribution:
-    """The k largest terms of an attribution that has them all."""
-    terms, index = top(found.terms, k)
-    rest = found.logit - found.constant - terms.sum(0)
-    about: dict[str, Any] = {n: getattr(found, n) for n in ("constant", "logit", "gap", "labels")}
-    return TopAttribution(terms=terms, index=index, rest=rest, **about)
+    return _find(model, *question.arrays, k=k, **question.static)
 
 
 @jax.tree_util.register_dataclass
@@ -133,6 +118,7 @@ class Largest:
         value, layer, place: `[B,T,k]`, the terms, their layers (-1 before the layers), and which
             of their layer's terms they are.
         total, absolute: `[B,T]`, the sum of all terms and of their absolute values.
+        through: `[B,T]`, the factor on the embedding, of all norms on the stream so far.
     """
 
     size: Array
@@ -141,20 +127,38 @@ class Largest:
     place: Array
     total: Array
     absolute: Array
+    through: Array
 
     @classmethod
     def none(cls, shape: tuple[int, ...], k: int, dtype: Any) -> "Largest":
         """Before any term."""
         zero, whole = jnp.zeros((*shape, k), dtype), jnp.zeros((*shape, k), int)
         total = jnp.zeros(shape, dtype)
-        return cls(zero - 1, zero, whole, whole, total, total)
+        return cls(zero - 1, zero, whole, whole, total, total, total + 1)
 
-    def and_of(self, terms_mBT: Float[Array, "m B T"], layer: Array | int) -> "Largest":
-        """After these terms of a layer."""
-        terms = jnp.moveaxis(terms_mBT, 0, -1)
-        k, padding = self.size.shape[-1], jnp.broadcast_to(jnp.arange(terms.shape[-1]), terms.shape)
-        size = jnp.concatenate([self.size, jnp.abs(terms)], -1)
-        size, chosen = jax.lax.top_k(size, k)
+    def past(self, passed: Float[Array, "B T"]) -> "Largest":
+        """After norms on the stream, which multiply all that was written before them.
+
+        The factors are positive, so the k largest remain the k largest.
+        """
+        factor = passed[..., None]
+        return replace(
+            self,
+            size=jnp.where(self.size < 0, self.size, self.size * factor),
+            value=self.value * factor,
+            total=self.total * passed,
+            absolute=self.absolute * passed,
+            through=self.through * passed,
+        )
+
+    def and_of(
+        self, terms_mBT: Float[Array, "m B T"], layer: Array | int, listed: Array | bool = True
+    ) -> "Largest":
+        """After these terms of a layer, if it is listed."""
+        terms = jnp.where(listed, jnp.moveaxis(terms_mBT, 0, -1), 0)
+        k, places = self.size.shape[-1], jnp.broadcast_to(jnp.arange(terms.shape[-1]), terms.shape)
+        size = jnp.where(listed, jnp.abs(terms), -1)
+        size, chosen = jax.lax.top_k(jnp.concatenate([self.size, size], -1), k)
 
         def merged(old: Array, new: Array) -> Array:
             return jnp.take_along_axis(jnp.concatenate([old, new], -1), chosen, -1)
@@ -163,69 +167,86 @@ class Largest:
             size=size,
             value=merged(self.value, terms),
             layer=merged(self.layer, jnp.full(terms.shape, layer, self.layer.dtype)),
-            place=merged(self.place, padding.astype(self.place.dtype)),
+            place=merged(self.place, places.astype(self.place.dtype)),
             total=self.total + terms.sum(-1),
             absolute=self.absolute + jnp.abs(terms).sum(-1),
+            through=self.through,
         )
 
 
-@compiled("k", "by", "kinds")
-def _run_and_find(model, tokens, mask, position, targets, against, *, k, by, kinds):
-    padding = Padding.of(tokens.shape, mask)
-    at = None if position is None else position[:, None]
-    number = padding.rank if at is None else padding.counted(at)
-    reading = readout_of(model, targets, against, at is not None)
-    shape = jnp.broadcast_shapes(number.shape, reading.offset.shape)
+@compiled("columns", "k", "by", "layers", "kinds")
+def _find(
+    model: Transformer,
+    source: Source,
+    position: Array | None,
+    targets: Array,
+    against: Array | None,
+    *,
+    columns: tuple[int, ...] | None,
+    k: int,
+    by: str,
+    layers: tuple[int, ...] | None,
+    kinds: Kinds,
+) -> TopAttribution:
+    at = columns if columns is not None or position is None else position[..., None]
+    readout = readout_of(model, targets, against, position is not None)
+    readout.check(model, source)
+    reader = StreamReader.of(model, readout.direction)
+    ranks = source.ranks(at)
 
-    def step(state: Largest, layer: Layer, found: tuple[Measured, ...]) -> tuple[Largest, Any]:
-        kinds_only = tuple(Measured(each.value[:0], each.kind) for each in found)
-        if not found:
-            return state, kinds_only
-        terms = jnp.concatenate([each.value for each in found])
-        return state.and_of(terms, layer.index), kinds_only
+    def step(largest: Largest, layer: LayerValues) -> tuple[Largest, tuple[Measured, ...]]:
+        if layer.passed is not None:
+            largest = largest.past(layer.passed)
+        kinds_only = tuple(Measured(each.value[:0], each.kind) for each in layer.terms)
+        if not layer.terms:
+            return largest, kinds_only
+        terms = jnp.concatenate([each.value for each in layer.terms])
+        return largest.and_of(terms, layer.index, layer.listed), kinds_only
 
-    passed = in_scan(model, tokens, mask, at, reading.direction, by=by, kinds=kinds,
-                     state=Largest.none(shape, k, model.config.acc), step=step)  # fmt: skip
-    stream = outside_of(passed, padding, at)
-    names, first = embeddings(model, stream, number, kinds)
-    labels = labels_in_scan(model, names, passed.found, kinds)
+    shape = jnp.broadcast_shapes(ranks.shape, readout.offset.shape)
+    start = Largest.none(shape, k, model.config.acc)
+    stream, walked = over_terms(model, source, reader, start, step, by=by, kinds=kinds,
+                                layers=layers, at=at)  # fmt: skip
+    names, first = embeddings(model, stream, ranks, kinds)
+    labels = labels_of(model, names, walked.by_segment, kinds, layers)
     checked_count("k", k, len(labels))
-    first = contract("C...D,...D->C...", first, reading.direction)
-    largest = passed.state.and_of(first, -1)
-    return _result(model, stream, reading, largest, labels, kinds)
+    first = contract("C...D,...D->C...", first, reader.first) * walked.state.through
+    largest = walked.state.and_of(first, -1).past(reader.size)
+    return _result(model, stream, readout, largest, labels, layers is None and kinds is None)
 
 
 def _result(
     model: Transformer,
     stream: ResidualStream,
-    reading: Readout,
+    readout: Readout,
     largest: Largest,
     labels: Labels,
-    kinds: Kinds,
+    complete: bool,
 ) -> TopAttribution:
-    starts, start = [], len(labels.first)
+    begins = np.zeros(model.config.n_layers + 1, int)  # the last: before the layers
+    begin = len(labels.first)
     for segment in labels.segments:
-        starts += [start + i * segment.per_layer for i in range(len(segment.layers))]
-        start += len(segment.layers) * segment.per_layer
-    base = jnp.asarray(np.array([*starts, 0]))[largest.layer]  # the last: before the layers
-    read = reading.of(model, stream)
+        for layer in segment.layers:
+            begins[layer] = begin
+            begin += segment.per_layer
+    index = jnp.asarray(begins)[largest.layer] + largest.place
+    read, real = readout.of(model, stream), stream.mask
 
-    def of_terms(x: Array) -> Array:
-        return jnp.where(stream.mask, x / read.scale, reading.absent)
+    def at_real(x: Array) -> Array:
+        return jnp.where(real, x / read.scale, readout.absent)
 
     terms = jnp.moveaxis(
-        jnp.where(stream.mask[..., None], largest.value / read.scale[..., None], reading.absent),
-        -1, 0,
-    )  # fmt: skip
-    total, absolute = of_terms(largest.total), of_terms(largest.absolute)
+        jnp.where(real[..., None], largest.value / read.scale[..., None], readout.absent), -1, 0
+    )
+    total, absolute = at_real(largest.total), at_real(largest.absolute)
     gap = ratio(jnp.abs(total + read.constant - read.logit), absolute)
     result = TopAttribution(
         terms=terms,
-        index=jnp.moveaxis(jnp.where(stream.mask[..., None], base + largest.place, 0), -1, 0),
+        index=jnp.moveaxis(jnp.where(real[..., None], index, 0), -1, 0),
         constant=read.constant,
         logit=read.logit,
         rest=read.logit - read.constant - terms.sum(0),
-        gap=gap if kinds is None else jnp.full_like(gap, jnp.nan),
+        gap=gap if complete else jnp.full_like(gap, jnp.nan),
         labels=labels,
     )
-    return jax.tree.map(lambda x: x[..., 0], result) if reading.one else result
+    return jax.tree.map(lambda x: x[..., 0], result) if readout.one else result

@@ -22,7 +22,8 @@ from arrakis_jax.nn.block import Block
 from arrakis_jax.nn.context import AttentionContexts
 from arrakis_jax.nn.site import Sites
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.patching.pairs import checked_pair
+from arrakis_jax.nn.walk import Place, walk
+from arrakis_jax.patching.pairs import Pair, checked_pair
 from arrakis_jax.results.record import Record
 from arrakis_jax.results.table import Table
 from arrakis_jax.stream.padding import Padding
@@ -30,8 +31,8 @@ from arrakis_jax.stream.residuals import ResidualStream
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 SELECT = {"top": top_edges, "greedy": greedy_edges}
-# What is held of the corrupt run in each layer, if the model has it.
-HELD = ("resid_pre", "resid_mid", "z", "attn_out", "mlp_out", "norm_attn_out_scale")
+# What a layer of a circuit reads from the corrupt run, where the model has it.
+CORRUPT_FIELDS = ("resid_pre", "resid_mid", "z", "attn_out", "mlp_out", "norm_attn_out_scale")
 
 
 def run_circuit(
@@ -46,10 +47,10 @@ def run_circuit(
 ) -> Float[Array, "N B"]:
     """The target on the clean prompt with every edge outside of a circuit corrupted.
 
-    Reader r reads what it reads in the corrupt run, plus `u's write in this run - in the corrupt
-    run` for each writer u whose edge to r is in the circuit. All edges give the clean run, none the
-    corrupt run. Output biases, and what a norm of the output makes of them, belong to no head: they
-    are always this run's own, as is the norm's scale.
+    Reader r reads its input of the corrupt run, plus `u's write in this run - u's write in the
+    corrupt run` for each writer u whose edge to r is in the circuit. All edges give the clean run,
+    no edges the corrupt run. Output biases, also behind a norm of the output, belong to no head:
+    every reader reads them as they are in this run. The norm's scale is this run's too.
 
     Args:
         model: a transformer whose stream is a sum of what is written to it.
@@ -57,7 +58,7 @@ def run_circuit(
         corrupt: `[B,T]`, the other prompt of each pair, token for token.
         target: what is measured, such as `Logit(3, against=4)`; of the clean prompts.
         circuits: `[N,R,W]`, for each circuit which edges are in it, over the readers and writers of
-            `Graph.of(model.config)`. AttentionContext the graph has no edge, nothing is read.
+            `Graph.of(model.config)`. Entries where the graph has no edge are not read.
         mask: `[B,T]`, of both prompts.
         check: also check the values of arrays that are on an accelerator.
 
@@ -92,43 +93,41 @@ def run_circuit(
 
 
 @compiled()
-def _run_circuits(model, pair, target, circuits):
+def _run_circuits(
+    model: Transformer, pair: Pair, target: Target, circuits: Bool[Array, "N R W"]
+) -> tuple[Float[Array, "N B"], Float[Array, " B"], Float[Array, " B"]]:
     """The target in each circuit, in the clean and in the corrupt run."""
     config, mask = model.config, pair.mask
     graph, acc = Graph.of(config), config.acc
     padding = Padding.of(pair.base.shape, mask)
+    assert pair.source is not None  # as checked
     contexts = AttentionContexts.of(config, padding)
     clean, corrupt = (model.embed(tokens, mask=mask) for tokens in (pair.base, pair.source))
-    corrupt_B, other = target_value(model, corrupt, mask, target, capture=HELD)
+    corrupt_B, other = target_value(model, corrupt, mask, target, capture=CORRUPT_FIELDS)
     clean_B, _ = target_value(model, clean, mask, target)
-    held = {name: value for name in HELD if (value := getattr(other, name)) is not None}
-    layers = [
-        (blocks, jax.tree.map(lambda x, own=own: x[own.start : own.stop], held), own)
-        for blocks, own in model.stacks()
-    ]
-    n = graph.readers_per_layer
+    corrupt_fields = {
+        name: value for name in CORRUPT_FIELDS if (value := getattr(other, name)) is not None
+    }
 
-    def one(circuit_RW: Bool[Array, "R W"]) -> Float[Array, " B"]:
-        # What belongs to no head is read by all.
+    def of_circuit(circuit_RW: Bool[Array, "R W"]) -> Float[Array, " B"]:
+        # One more writer, that every reader reads: what belongs to no head.
         circuit_RW = jnp.pad(circuit_RW, ((0, 0), (0, 1)), constant_values=True).astype(acc)
-        inside_LnW = circuit_RW[:-1].reshape(graph.n_layers, n, -1)
+        inside_LnW = circuit_RW[:-1].reshape(graph.n_layers, graph.readers_per_layer, -1)
         changes_WBTD = jnp.zeros((graph.n_writers + 1, *clean.shape), acc)
         changes_WBTD = changes_WBTD.at[0].set((clean - corrupt).astype(acc))
 
-        def step(changes_WBTD: Array, xs: tuple) -> tuple[Array, None]:
-            block, index, edges_nW, held = xs
-            about: dict[str, Any] = {**held, "mask": padding.real}
-            layer = _Layer(graph, block, index, padding, ResidualStream(**about))
-            return layer.changes(changes_WBTD, edges_nW, contexts.at(index)), None
+        def step(changes_WBTD: Array, place: Place, xs: tuple) -> tuple[Array, None]:
+            edges_nW, corrupt_fields = xs
+            stream = ResidualStream(**corrupt_fields, mask=padding.real)
+            layer = _Layer(graph, place.block, place.index, padding, stream)
+            return layer.changes(changes_WBTD, edges_nW, contexts.at(place.index)), None
 
-        for blocks, held, own in layers:
-            indices = jnp.arange(own.start, own.stop)
-            xs = (blocks, indices, inside_LnW[own.start : own.stop], held)
-            changes_WBTD = jax.lax.scan(step, changes_WBTD, xs)[0]
+        changes_WBTD = walk(model, step, changes_WBTD, (inside_LnW, corrupt_fields)).state
         read = contract("W,WBTD->BTD", circuit_RW[-1], changes_WBTD)
         return read_target(model, other.final + read, mask, target)
 
-    return jax.lax.map(one, circuits), clean_B, corrupt_B
+    # One circuit at a time: each holds what all writers change, `[W,B,T,D]`.
+    return jax.lax.map(of_circuit, circuits), clean_B, corrupt_B
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class _Layer:
     """One layer of a run in which every reader has an input of its own.
 
     Attributes:
-        other: the corrupt run's fields in this layer.
+        other: the corrupt run in this layer.
     """
 
     graph: Graph
@@ -148,7 +147,7 @@ class _Layer:
     def changes(
         self, changes_WBTD: Array, edges_nW: Array, context: Any
     ) -> Float[Array, "W B T D"]:
-        """What all have written, against the corrupt run, with this layer's writers among them.
+        """The writes so far minus the corrupt run's, with those of this layer filled in.
 
         The last entry is what belongs to no writer.
         """
@@ -158,21 +157,24 @@ class _Layer:
         capture = frozenset(("z", "norm_attn_out_scale"))
         site = Sites(capture=capture, mask=self.padding.mask, layer=self.index)
         first = 1 + self.index * graph.writers_per_layer
-        before = changes_WBTD
+        before = changes_WBTD  # later writers are still zero, whatever the circuit says of them
 
         def read(edges_nW: Array) -> Float[Array, "B T n D"]:
             change = contract("nW,WBTD->BTnD", edges_nW, before)
             return block.read("attn", other.resid_pre[..., None, :] + change, site)
 
+        # Every query, key and value head has an input of its own.
         inputs = (read(q_nW), read(k_nW), read(v_nW))
         attn_BTD = block.attn_write(inputs, context, self.index, site) - other.attn_out
-        own: dict[str, Any] = {**site.records, "mask": self.padding.real}
-        heads_HBTD = self._heads(ResidualStream(**own))
+        fields: dict[str, Any] = {**site.records, "mask": self.padding.real}
+        heads_HBTD = self._heads(ResidualStream(**fields))
+        # What attention writes beyond its heads: the output bias.
         rest_BTD = attn_BTD - heads_HBTD.sum(0)
         changes_WBTD = jax.lax.dynamic_update_slice_in_dim(changes_WBTD, heads_HBTD, first, 0)
         changes_WBTD = changes_WBTD.at[-1].add(rest_BTD)
         if not graph.has_mlp:
             return changes_WBTD
+        # In a parallel block the MLP does not read the heads of its own layer.
         seen, x_BTD = (
             (before, other.resid_pre) if graph.parallel else (changes_WBTD, other.resid_mid)
         )
@@ -181,22 +183,22 @@ class _Layer:
         mlp_BTD = block.mlp_write(y_BTD, site) - other.mlp_out
         return jax.lax.dynamic_update_index_in_dim(changes_WBTD, mlp_BTD, first + h, 0)
 
-    def _heads(self, own: ResidualStream) -> Float[Array, "H B T D"]:
-        """What the heads write, against the corrupt run: through a norm with each run's scale."""
+    def _heads(self, this: ResidualStream) -> Float[Array, "H B T D"]:
+        """The heads' writes minus the corrupt run's, each through a norm with its run's scale."""
         config, norm = self.block.config, self.block.norm_attn_out
-        through, share_BT = written(config, own, norm, "attn")
+        through, share_BT = written(config, this, norm, "attn")
         _, other_BT = written(config, self.other, norm, "attn")
-        z_BTHK = own.z * share_BT[..., None, None] - self.other.z * other_BT[..., None, None]
+        z_BTHK = this.z * share_BT[..., None, None] - self.other.z * other_BT[..., None, None]
         return contract("BTHK,HKD->HBTD", z_BTHK, through(self.block.attn.w_o[...]))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, repr=False)
 class CircuitFaithfulness(Record):
-    """How much of what sets a model apart from its corrupt run is left in circuits of its edges.
+    """How much of the difference between the clean and the corrupt run circuits recover.
 
-    `f(C) = (m(C) - m(none)) / (m(all) - m(none))`, with m the target: 0 of the corrupt and 1 of the
-    clean run, and neither a least nor a most.
+    `f(C) = (m(C) - m(none)) / (m(all) - m(none))`, with m the target. It is 0 for the corrupt run
+    and 1 for the clean run, and may lie outside of [0, 1].
 
     Attributes:
         target: `[N,B]`, of each circuit.
@@ -216,17 +218,17 @@ class CircuitFaithfulness(Record):
 
     @property
     def n_edges(self) -> Int[Array, " N"]:
-        """How many edges each circuit has; those that lead nowhere are left out."""
+        """How many edges each circuit has, without those that lead nowhere."""
         return self.circuits.sum((1, 2))
 
     @property
     def faithfulness(self) -> Float[Array, "N B"]:
-        """F of each example; not finite where all edges together make no difference."""
+        """`f` of each example; not finite where the clean and the corrupt target are equal."""
         return (self.target - self.corrupt[None]) / (self.clean - self.corrupt)[None]
 
     @property
     def of_means(self) -> Float[Array, " N"]:
-        """F of the means of the target over the batch, as MIB has it."""
+        """`f` of the target's means over the batch, as in MIB."""
         least = self.corrupt.mean()
         return (self.target.mean(-1) - least) / (self.clean.mean() - least)
 
@@ -268,7 +270,7 @@ def circuit_faithfulness(
     mask: Mask | None = None,
     check: bool = False,
 ) -> CircuitFaithfulness:
-    """How faithful the circuits are that scores of edges choose, of growing size.
+    """How faithful circuits of the highest scored edges are, for growing numbers of edges.
 
     Args:
         model: a transformer whose stream is a sum of what is written to it.
@@ -277,12 +279,11 @@ def circuit_faithfulness(
         target: what is measured, such as `Logit(3, against=4)`; of the clean prompts.
         scores: `[R,W]`, such as `edge_attribution(...).effects.mean(-1)`.
         fractions: how many edges to choose, as shares of all, ascending in (0, 1].
-        select: "top", the largest; or "greedy", the largest that are connected to the output. What
-            is on no path from the embedding to the output is then removed.
+        select: "top", the largest; or "greedy", the largest that are connected to the output.
+            Edges on no path from the embedding to the output are then removed.
         by: the order: "absolute" values, or "signed": first the edges that favour the clean run.
-        base: of which run the scores are the effects of patches, "clean" or "corrupt": the scores
-            of edges that favour the clean run are negative with the first, for such patches take
-            them away.
+        base: the run that was patched to get the scores, "clean" or "corrupt". A patch of the
+            clean run takes an edge away, so edges that favour the clean run have negative scores.
         mask: `[B,T]`, of both prompts.
         check: also check the values of arrays that are on an accelerator.
 
@@ -299,8 +300,8 @@ def circuit_faithfulness(
         >>> alice, tom = (token_id(tokenizer, name) for name in (" Alice", " Tom"))
         >>> pair = (model, clean, corrupt, Logit(alice, tom))
         >>> scores = edge_attribution(*pair, steps=5, mask=mask).effects.mean(-1)
-        >>> found = circuit_faithfulness(*pair, scores=scores, fractions=(0.1, 1.0), mask=mask)
-        >>> float(found.of_means[1].round(3))
+        >>> curve = circuit_faithfulness(*pair, scores=scores, fractions=(0.1, 1.0), mask=mask)
+        >>> float(curve.of_means[1].round(3))
         1.0
 
     Reference:
@@ -315,17 +316,13 @@ def circuit_faithfulness(
         do = "such as (0.01, 0.1, 1)"
         raise ValueError(expected("fractions", "ascending in (0, 1]", fractions, do))
     do = "such as edge_attribution(...).effects.mean(-1)"
+    # Signed scores rank edges by what they add to the clean target, which patches take away.
     sign = -1 if by == "signed" and base == "clean" else 1
     scores = sign * np.asarray(checked_numbers("scores", scores, do))
     n_edges = int(graph.edges.sum())
-    circuits = jnp.asarray(
-        np.stack(
-            [
-                pruned(SELECT[select](scores, round(k * n_edges), graph, by=by), graph)
-                for k in fractions
-            ]
-        )
-    )
+    choose = SELECT[select]
+    circuits = [pruned(choose(scores, round(k * n_edges), graph, by=by), graph) for k in fractions]
+    circuits = jnp.asarray(np.stack(circuits))
     pair = checked_pair(model, clean, corrupt, mask, check=check)
     target = checked_target(model, pair.base, target, pair.mask)
     target_NB, clean_B, corrupt_B = _run_circuits(model, pair, target, circuits)

@@ -9,14 +9,17 @@ import jax
 from arrakis_jax.core.axes import Array, Float
 from arrakis_jax.core.errors import expected
 from arrakis_jax.edges.graph import Edge, Graph
-from arrakis_jax.patching.effects import Effects, TopEffects, rows_of, top_of
+from arrakis_jax.patching.effects import Effects, TopEffects, effect_rows, top_of
 from arrakis_jax.results.table import Table
 
 
 def edge_table(effects: Effects, k: int | None, there: Any = None) -> Table:
-    """A row for each edge and example, or for the k largest of each; of those that are there."""
+    """A row for each edge and example, or for the k largest of each example.
+
+    `there` says which of the pairs are edges; None for all.
+    """
     table = Table({name: [] for name in ("edge", "writer", "reader", "row", "effect")})
-    for which, row, value in rows_of(effects.terms, k, there):
+    for which, row, value in effect_rows(effects.terms, k, there):
         edge = effects.labels[which]
         entries = (str(edge), str(edge.writer), str(edge.reader), row, value)
         for name, entry in zip(table, entries, strict=True):
@@ -25,14 +28,16 @@ def edge_table(effects: Effects, k: int | None, there: Any = None) -> Table:
 
 
 @dataclass(frozen=True)
-class Edges(Sequence):
-    """All pairs of a reader and a writer: pair `r * W + w` is of reader r and writer w."""
+class EdgeLabels(Sequence):
+    """All pairs of a reader and a writer: pair `r * W + w` is reader r and writer w."""
+
+    # Made when asked for: a large model has millions of pairs.
 
     graph: Graph
 
     def __repr__(self) -> str:
-        there = int(self.graph.edges.sum())
-        return f"Edges({self.graph.n_readers} readers x {self.graph.n_writers} writers, {there})"
+        n_edges = int(self.graph.edges.sum())
+        return f"Edges({self.graph.n_readers} readers x {self.graph.n_writers} writers, {n_edges})"
 
     def __len__(self) -> int:
         return self.graph.n_readers * self.graph.n_writers
@@ -84,9 +89,9 @@ class EdgeEffects(Effects):
         )
 
     @property
-    def labels(self) -> Edges:
+    def labels(self) -> EdgeLabels:
         """The edge of each entry of `effects.reshape(-1, B)`."""
-        return Edges(self.graph)
+        return EdgeLabels(self.graph)
 
     def by_writer(self) -> Float[Array, "W B"]:
         """The effect of each writer on all of its readers, to first order."""

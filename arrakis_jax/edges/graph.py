@@ -1,8 +1,8 @@
-"""The residual stream as a graph: who writes to it, who reads it, and what each writer changes.
+"""The residual stream as a graph: its writers, its readers, and what each writer changes.
 
-Every head and MLP reads the sum of everything written before it, so a model is a graph whose edges
-go from each writer (the embedding, heads, MLPs) to each later reader (the queries, keys and values
-of heads, MLPs, the final norm). Scores of edges are arrays `[R,W,...]` over readers and writers.
+Every head and MLP reads the sum of all earlier writes. So a model is a graph: edges go from each
+writer (the embedding, heads, MLPs) to each later reader (the queries, keys and values of heads,
+MLPs, the final norm). Scores of edges are arrays `[R,W,...]` over readers and writers.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from arrakis_jax.core.numerics import contract
 from arrakis_jax.nn.block import Block
 from arrakis_jax.nn.site import Sites
 from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.nn.walk import Place, walk
 from arrakis_jax.stream.residuals import ResidualStream
 
 # What a run must capture for `writer_changes`.
@@ -105,32 +106,32 @@ class Graph:
     @cached_property
     def writers(self) -> tuple[Node, ...]:
         """The W writers."""
-        found = [Node(None, "embed")]
+        nodes = [Node(None, "embed")]
         for layer in range(self.n_layers):
-            found += [Node(layer, "head", h) for h in range(self.n_heads)]
-            found += [Node(layer, "mlp")] * self.has_mlp
-        return tuple(found)
+            nodes += [Node(layer, "head", h) for h in range(self.n_heads)]
+            nodes += [Node(layer, "mlp")] * self.has_mlp
+        return tuple(nodes)
 
     @cached_property
     def readers(self) -> tuple[Node, ...]:
         """The R readers."""
         heads = (("q", self.n_heads), ("k", self.n_kv_heads), ("v", self.n_kv_heads))
-        found: list[Node] = []
+        nodes: list[Node] = []
         for layer in range(self.n_layers):
-            found += [Node(layer, kind, h) for kind, n in heads for h in range(n)]
-            found += [Node(layer, "mlp")] * self.has_mlp
-        return (*found, Node(None, "final"))
+            nodes += [Node(layer, kind, h) for kind, n in heads for h in range(n)]
+            nodes += [Node(layer, "mlp")] * self.has_mlp
+        return (*nodes, Node(None, "final"))
 
     @cached_property
     def edges(self) -> np.ndarray:
         """`[R,W]` bool: whether the writer comes before the reader."""
         last_heads = not self.parallel  # the MLP also reads the heads of its own layer
-        found = np.zeros((self.n_readers, self.n_writers), bool)
+        edges_RW = np.zeros((self.n_readers, self.n_writers), bool)
         for r, reader in enumerate(self.readers):
             layer = self.n_layers if reader.layer is None else reader.layer
             before = 1 + layer * self.writers_per_layer
-            found[r, : before + (reader.kind == "mlp" and last_heads) * self.n_heads] = True
-        return found
+            edges_RW[r, : before + (reader.kind == "mlp" and last_heads) * self.n_heads] = True
+        return edges_RW
 
     def index(self, node: Any, side: str) -> int:
         """Where a node stands among the "writers" or "readers".
@@ -149,23 +150,18 @@ class Graph:
 def writer_changes(
     model: Transformer, base: ResidualStream, source: ResidualStream, *, linear: bool
 ) -> Float[Array, "W B T D"]:
-    """What each writer adds to the stream if its output becomes that of the source run.
+    """What each writer changes in the stream if its output becomes the source run's.
 
-    A head's output is z; where attention writes through a norm, the change is what comes out of the
-    norm if that head alone changes, or with `linear` the first order of it. The streams hold
-    `WRITTEN`.
+    A head's output is z. Where attention writes through a norm, a head's change is what leaves the
+    norm if that head alone changes, or with `linear` its first order. The streams hold `WRITTEN`.
     """
-    graph, found = Graph.of(model.config), []
-    acc = model.config.acc
-    for blocks, layers in model.stacks():
-        rows = slice(layers.start, layers.stop)
+    graph, acc = Graph.of(model.config), model.config.acc
 
-        def heads(_: None, xs: tuple) -> tuple[None, Array]:
-            return None, head_changes(*xs, linear=linear)
+    def of_heads(_: None, place: Place, z: tuple[Array, Array]) -> tuple[None, Array]:
+        return None, head_changes(place.block, *z, linear=linear)
 
-        xs = (blocks, base.z[rows], source.z[rows])
-        found.append(jax.lax.scan(heads, None, xs)[1])
-    changes_LNBTD = jnp.concatenate(found)
+    # N writers of each layer, in the graph's order: heads, then the MLP.
+    changes_LNBTD = walk(model, of_heads, None, (base.z, source.z)).found
     if graph.has_mlp:
         mlp_LBTD = (source.mlp_out - base.mlp_out).astype(acc)
         changes_LNBTD = jnp.concatenate([changes_LNBTD, mlp_LBTD[:, None]], 1)
@@ -180,6 +176,7 @@ def head_changes(
     config, norm = block.config, block.norm_attn_out
     w_o = block.attn.w_o[...]
     change_HBTD = contract("BTHK,HKD->HBTD", source_BTHK - z_BTHK, w_o)
+    # A norm of the output sees all heads together: one head's change moves its scale for all.
     if norm is not None:
         out_BTD = contract("BTHK,HKD->BTD", z_BTHK, w_o)
         if block.attn.b_o is not None:

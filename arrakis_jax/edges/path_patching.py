@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +16,18 @@ from arrakis_jax.edges.effects import edge_table
 from arrakis_jax.edges.graph import WRITTEN, Edge, Graph, Node, head_changes
 from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.targets import Target, checked_target, read_target
+from arrakis_jax.nn.block import Block
 from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.nn.walk import at_layer
 from arrakis_jax.patching.effects import Effects
 from arrakis_jax.patching.pairs import Pair, checked_pair
 from arrakis_jax.results.table import Table
 from arrakis_jax.stream.fields import READERS
 from arrakis_jax.stream.residuals import ResidualStream
 
-KINDS = ("q", "k", "v", "mlp", "final")  # of readers; all but the last read at READERS
+# The kinds of writers, and of readers: all but "final" read at the sites in READERS.
+WRITERS = ("embed", "mlp", "head")
+READER_KINDS = ("q", "k", "v", "mlp", "final")
 
 
 @jax.tree_util.register_dataclass
@@ -71,13 +76,13 @@ def path_patching(
 ) -> PathEffects:
     """The effect of patching single edges of the model's graph, exactly.
 
-    For the edge from writer u to reader r: r alone reads the stream with u's write of the source
-    run in place of u's write of the base run; every other reader still reads the base run's, and
-    what r changes is followed to the target. `effect = target(patched) - target(base)`. An edge to
-    the final norm is the writer's direct effect.
+    For the edge from writer u to reader r, r alone reads the stream with u's write of the source
+    run in place of u's write of the base run. Every other reader still reads u's write of the base
+    run, and what r changes is followed to the target. `effect = target(patched) - target(base)`. An
+    edge to the final norm is the writer's direct effect.
 
-    Of each edge only the blocks from the reader's layer on are run, one edge at a time. One program
-    serves all lists of as many edges.
+    For each edge only the blocks from the reader's layer on are run, one edge at a time. One
+    program serves all lists of equal length.
 
     Args:
         model: a transformer whose stream is a sum of what is written to it.
@@ -105,8 +110,8 @@ def path_patching(
         >>> corrupt, _ = encode(tokenizer, "Alice and Tom met, Alice gave a book to")
         >>> alice, tom = (token_id(tokenizer, name) for name in (" Alice", " Tom"))
         >>> edges = [((0, "head", 2), (3, "k", 1)), ((3, "mlp"), (None, "final"))]
-        >>> found = path_patching(model, clean, corrupt, Logit(alice, tom), edges=edges)
-        >>> found.effects.shape, str(found.labels[0])
+        >>> paths = path_patching(model, clean, corrupt, Logit(alice, tom), edges=edges)
+        >>> paths.effects.shape, str(paths.labels[0])
         ((2, 1), 'L0 head 2 -> L3 k 1')
 
     Reference:
@@ -117,7 +122,7 @@ def path_patching(
     graph = Graph.of(model.config)
     target = checked_target(model, pair.base, target, pair.mask)
     labels = checked_edges(graph, edges)
-    effects, base_B, source_B = _path_patching(model, pair, target, _Ends.of(model, labels))
+    effects, base_B, source_B = _path_patching(model, pair, target, _Ends.of(graph, labels))
     return PathEffects(effects=effects, base=base_B, source=source_B, labels=labels)
 
 
@@ -125,10 +130,10 @@ def checked_edges(graph: Graph, edges: Any) -> tuple[Edge, ...]:
     """The edges as nodes of the graph.
 
     Raises:
-        TypeError: what is no list of pairs of nodes.
-        ValueError: no edges, or one that the graph does not have.
+        TypeError: for anything but a list of pairs of nodes.
+        ValueError: for no edges, or one that the graph does not have.
     """
-    found = []
+    labels = []
     for edge in edges if isinstance(edges, Iterable) else (edges,):
         try:
             writer, reader = (Node(*node) for node in edge)
@@ -142,19 +147,19 @@ def checked_edges(graph: Graph, edges: Any) -> tuple[Edge, ...]:
         if not graph.edges[r, w]:
             do = "a reader reads what is written before it"
             raise ValueError(expected("edges", "made of edges of the model", str(edge), do))
-        found.append(edge)
-    if not found:
+        labels.append(edge)
+    if not labels:
         raise ValueError(expected("edges", "at least one pair", "none", "name an edge"))
-    return tuple(found)
+    return tuple(labels)
 
 
 class _Ends(NamedTuple):
-    """Where N edges begin and end, as indices; of one edge without the N axis.
+    """Where N edges begin and end, as indices; without the N axis for one edge.
 
     Attributes:
-        written: the embedding 0, an MLP 1, heads of the i-th segment of layers 2 + i.
+        written: the writer's kind, among WRITERS.
         writer: the writer's layer, and `head` which of its heads.
-        kind: the reader's, among KINDS.
+        kind: the reader's, among READER_KINDS.
         reader: the reader's layer; L for the final norm.
         reader_head: which head reads.
     """
@@ -167,16 +172,15 @@ class _Ends(NamedTuple):
     reader_head: Any
 
     @classmethod
-    def of(cls, model: Transformer, edges: tuple[Edge, ...]) -> "_Ends":
+    def of(cls, graph: Graph, edges: tuple[Edge, ...]) -> "_Ends":
         """The ends of these edges."""
-        segment = [i for i, (_, layers) in enumerate(model.stacks()) for _ in layers]
         rows = [
             (
-                {"embed": 0, "mlp": 1}.get(w.kind, 2 + segment[w.layer or 0]),
+                WRITERS.index(w.kind),
                 w.layer or 0,
                 w.head or 0,
-                KINDS.index(r.kind),
-                len(segment) if r.layer is None else r.layer,
+                READER_KINDS.index(r.kind),
+                graph.n_layers if r.layer is None else r.layer,
                 r.head or 0,
             )
             for w, r in edges
@@ -185,22 +189,23 @@ class _Ends(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Read:
-    """The edit with which one reader inside of a layer reads a change."""
+class _ReadChange:
+    """The edit that adds a change to the input of one reader inside of a layer."""
 
     at: _Ends
     change: Float[Array, "B T D"]
-    reads = READERS
+    reads = READERS  # the sites at which a block must ask for a copy of the stream
 
     def __call__(self, site: str, layer: Array | None, value: Array) -> Array:
         if site not in READERS:
             return value
-        here = (layer == self.at.reader) & (self.at.kind == READERS.index(site))
+        # Layer, kind and head are traced, so every reader asks whether it is the one.
+        reads = (layer == self.at.reader) & (self.at.kind == READERS.index(site))
         change = self.change
-        if site != "mlp_in":
+        if site != "mlp_in":  # of shape [B,T,heads,D]
             heads = jnp.arange(value.shape[2]) == self.at.reader_head
-            here, change = (here & heads)[None, None, :, None], change[:, :, None]
-        return value + jnp.where(here, change, 0).astype(value.dtype)
+            reads, change = (reads & heads)[None, None, :, None], change[:, :, None]
+        return value + jnp.where(reads, change, 0).astype(value.dtype)
 
 
 @compiled()
@@ -210,14 +215,17 @@ def _path_patching(model: Transformer, pair: Pair, target: Target, ends: _Ends) 
     base = model(pair.base, mask=mask, capture=(*WRITTEN, "resid_pre", "final")).residuals
     source = model(pair.source, mask=mask, capture=(*WRITTEN, "final")).residuals
     base_B, source_B = (read_target(model, x.final, mask, target) for x in (base, source))
+    # The stream entering each layer, and the final one: where a patched run starts.
     points_PBTD = jnp.concatenate([base.resid_pre, base.final[None]])
     changes = _changes(model, base, source)
 
     def patched(at: _Ends) -> Float[Array, " B"]:
+        # The writer's kind is traced, so that all lists of N edges share one program.
         change_BTD = jax.lax.switch(at.written, changes, at.writer, at.head)
         x_BTD = points_PBTD[at.reader]
+        # The final norm reads the point after the last block; inside of blocks an edit reads.
         x_BTD = x_BTD + jnp.where(at.reader == n_layers, change_BTD, 0).astype(x_BTD.dtype)
-        edits = (_Read(at, change_BTD),)
+        edits = (_ReadChange(at, change_BTD),)
         x_BTD = model.blocks_from(x_BTD, at.reader, mask=mask, edits=edits)
         return read_target(model, x_BTD, mask, target)
 
@@ -227,7 +235,7 @@ def _path_patching(model: Transformer, pair: Pair, target: Target, ends: _Ends) 
 def _changes(
     model: Transformer, base: ResidualStream, source: ResidualStream
 ) -> list[Callable[[Array, Array], Float[Array, "B T D"]]]:
-    """What a writer changes in the stream, from its layer and head: functions as in `_Ends`."""
+    """What a writer of each kind in WRITERS changes in the stream, from its layer and head."""
     acc = model.config.acc
 
     def embed(layer: Array, head: Array) -> Array:
@@ -238,11 +246,7 @@ def _changes(
             return jnp.zeros(base.embed.shape, acc)
         return (source.mlp_out[layer] - base.mlp_out[layer]).astype(acc)
 
-    def of_heads(blocks: Any, first: int) -> Callable:
-        def heads(layer: Array, head: Array) -> Array:
-            block = jax.tree.map(lambda w: w[layer - first], blocks)
-            return head_changes(block, base.z[layer], source.z[layer], linear=False)[head]
+    def one_head(block: Block, layer: Array, head: Array) -> Array:
+        return head_changes(block, base.z[layer], source.z[layer], linear=False)[head]
 
-        return heads
-
-    return [embed, mlp, *(of_heads(blocks, layers.start) for blocks, layers in model.stacks())]
+    return [embed, mlp, partial(at_layer, model, one_head)]

@@ -9,7 +9,7 @@ from arrakis_jax.core.checks import checked_numbers
 from arrakis_jax.core.errors import expected
 from arrakis_jax.edges.graph import Graph, Node
 
-BY = ("absolute", "signed")
+_ORDERS = ("absolute", "signed")
 
 
 def top_edges(scores: Any, n: int, graph: Graph, *, by: str = "absolute") -> np.ndarray:
@@ -18,7 +18,7 @@ def top_edges(scores: Any, n: int, graph: Graph, *, by: str = "absolute") -> np.
     Of equal scores the first by reader, then by writer.
 
     Args:
-        scores: `[R,W]`, a score for each reader and writer; those of no edge are not read.
+        scores: `[R,W]`, a score for each reader and writer; read where there is an edge.
         n: how many.
         graph: the model's, such as `EdgeEffects.graph` or `Graph.of(config)`.
         by: the order: "absolute" values, or "signed", the scores themselves.
@@ -29,6 +29,7 @@ def top_edges(scores: Any, n: int, graph: Graph, *, by: str = "absolute") -> np.
     """
     scores_RW = _checked(scores, n, graph, by)
     chosen = np.zeros(scores_RW.size, bool)
+    # A stable sort of negated scores: the first of equal ones stays first.
     chosen[np.argsort(-scores_RW.reshape(-1), kind="stable")[:n]] = True
     return chosen.reshape(scores_RW.shape)
 
@@ -36,11 +37,11 @@ def top_edges(scores: Any, n: int, graph: Graph, *, by: str = "absolute") -> np.
 def greedy_edges(scores: Any, n: int, graph: Graph, *, by: str = "absolute") -> np.ndarray:
     """N edges that are all connected to the output, as a bool mask `[R,W]`.
 
-    From the final norm on, the largest edge is added whose reader is connected already; with its
-    writer, the writer's readers are (a key/value head with any of its query heads).
+    The largest edge whose reader is connected is added again and again, from the final norm on. An
+    edge also connects the readers of its writer (a key/value head with any of its query heads).
 
     Args:
-        scores: `[R,W]`, a score for each reader and writer; those of no edge are not read.
+        scores: `[R,W]`, a score for each reader and writer; read where there is an edge.
         n: how many.
         graph: the model's.
         by: the order: "absolute" values, or "signed", the scores themselves.
@@ -53,6 +54,7 @@ def greedy_edges(scores: Any, n: int, graph: Graph, *, by: str = "absolute") -> 
     """
     scores_RW = _checked(scores, n, graph, by)
     chosen = np.zeros(scores_RW.shape, bool)
+    # A heap of the edges of connected readers; scores are negated, since the least comes first.
     candidates: list[tuple[float, int, int]] = []
     connected: set[int] = set()
 
@@ -64,11 +66,12 @@ def greedy_edges(scores: Any, n: int, graph: Graph, *, by: str = "absolute") -> 
 
     readers_of = _readers_of(graph)
     connect(graph.n_readers - 1)
+    # n is at most the number of edges, and the final norm reaches them all: never empty.
     for _ in range(n):
         _, reader, writer = heapq.heappop(candidates)
         chosen[reader, writer] = True
-        for own in readers_of[writer]:
-            connect(own)
+        for reader_of_writer in readers_of[writer]:
+            connect(reader_of_writer)
     return chosen
 
 
@@ -83,8 +86,9 @@ def pruned(mask: Any, graph: Graph) -> np.ndarray:
     readers_of, n = _readers_of(graph), graph.n_writers
     reached, leads = np.zeros(n, bool), np.zeros(n, bool)
     leading = np.zeros(graph.n_readers, bool)
+    # Two passes: which writers the embedding reaches, and which lead to the output.
     reached[0] = leading[-1] = True
-    for writer in range(1, n):  # in the order in which they write
+    for writer in range(1, n):  # in the order of their writes, so that earlier ones are settled
         reached[writer] = (mask[readers_of[writer]] & reached).any()
     for writer in reversed(range(n)):
         leads[writer] = (mask[:, writer] & leading).any()
@@ -93,10 +97,10 @@ def pruned(mask: Any, graph: Graph) -> np.ndarray:
 
 
 def _readers_of(graph: Graph) -> list[list[int]]:
-    """The readers whose inputs each writer's output is made of."""
+    """For each writer, the readers that belong to it: a head's query, key and value, or the MLP."""
     where = {reader: r for r, reader in enumerate(graph.readers)}
     group = graph.n_heads // graph.n_kv_heads
-    found: list[list[int]] = []
+    readers_of: list[list[int]] = []
     for layer, kind, head in graph.writers:
         nodes: list[Node] = []
         if kind == "head" and head is not None:
@@ -104,14 +108,14 @@ def _readers_of(graph: Graph) -> list[list[int]]:
             nodes += [Node(layer, kind, head // group) for kind in ("k", "v")]
         elif kind == "mlp":
             nodes = [Node(layer, "mlp")]
-        found.append([where[node] for node in nodes])
-    return found
+        readers_of.append([where[node] for node in nodes])
+    return readers_of
 
 
 def _checked(scores: Any, n: int, graph: Graph, by: str) -> np.ndarray:
-    """The scores as they are ordered, least where there is no edge."""
-    if by not in BY:
-        raise ValueError(expected("by", f"one of {BY}", repr(by), "choose one of them"))
+    """The scores in the order asked for, -inf where there is no edge."""
+    if by not in _ORDERS:
+        raise ValueError(expected("by", f"one of {_ORDERS}", repr(by), "choose one of them"))
     do = "such as edge_attribution(...).effects.mean(-1)"
     scores_RW = np.asarray(checked_numbers("scores", scores, do))
     if scores_RW.shape != graph.edges.shape:

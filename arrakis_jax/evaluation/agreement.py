@@ -1,4 +1,4 @@
-"""How well estimated effects agree with exact ones: ranks, signs, and what was missed."""
+"""How well estimated effects agree with exact ones: ranks, signs, and missed effects."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,12 +23,12 @@ class Agreement(Record):
         rank_correlation: `[B]`, Spearman's, with average ranks for ties; NaN where either has no
             order.
         sign_agreement: `[B]`, the share of terms whose signs are equal.
-        top_overlap: `[B]`, the share of the exact effects' largest that are among the estimate's
-            as many largest, by absolute value.
-        false_negatives: `[B]`, the share of the exact effects' largest that the estimate leaves
-            out of its largest tenth.
+        top_overlap: `[B]`: of the k exact effects of largest absolute value, the share that is also
+            among the k largest estimates.
+        false_negatives: `[B]`: of these k exact effects, the share that is not even among the
+            largest tenth of the estimates.
         n: `[B]`, how many terms were compared: those with an exact effect above `least`.
-        share: what part of the terms the largest are.
+        share: k as a share of the n terms.
     """
 
     rank_correlation: Float[Array, " B"]
@@ -48,9 +48,9 @@ def agreement(
         found: effects `[...,B]`, or a result of patching (of the same cells as `exact`). To
             compare means over examples, pass `found.mean().mean[..., None]`.
         exact: likewise.
-        least: only terms whose exact effect is larger than this in absolute value are compared:
-            the noise, a number or `[B]`.
-        share: the part of the compared terms that counts as the largest, at least one.
+        least: the noise, a number or `[B]`: only terms whose exact effect is larger in absolute
+            value are compared.
+        share: the share of the compared terms that count as the largest, at least one term.
 
     Returns:
         An Agreement.
@@ -97,9 +97,10 @@ def _agreement(found_CB: Array, exact_CB: Array, least_B: Array, *, share: float
 def _of_row(found_C: Array, exact_C: Array, least: Array, *, share: float) -> dict[str, Array]:
     kept_C = ~(jnp.abs(exact_C) <= least)  # NaN is compared, and shows
     n = kept_C.sum()
+    # -1 ranks the terms that are not compared behind all others.
     size = jnp.where(kept_C, jnp.abs(exact_C), -1)
     guess = jnp.where(kept_C, jnp.abs(found_C), -1)
-    place, guessed = (jnp.argsort(jnp.argsort(-x)) for x in (size, guess))
+    place, guessed = (jnp.argsort(jnp.argsort(-x)) for x in (size, guess))  # ranks from 0
     k = jnp.ceil(share * n - 1e-4)  # a hair less, so that 0.07 of 100 are 7, whatever the rounding
     largest = place < k
     same = jnp.sign(found_C) == jnp.sign(exact_C)
@@ -113,6 +114,7 @@ def _of_row(found_C: Array, exact_C: Array, least: Array, *, share: float) -> di
         "top_overlap": part(guessed < k, largest),
         "false_negatives": part(guessed >= jnp.maximum(jnp.ceil(0.1 * n), k), largest),
     }
+    # One NaN makes every measure of its example NaN; a comparison alone would hide it.
     broken = jnp.any(kept_C & jnp.isnan(found_C + exact_C))
     return {name: jnp.where(broken, jnp.nan, x) for name, x in measures.items()} | {"n": n}
 
@@ -129,6 +131,7 @@ def rank_correlation(
 
 def _ranks(x: Float[Array, " C"], kept: Bool[Array, " C"]) -> Float[Array, " C"]:
     """Average ranks among those kept, zero elsewhere."""
+    # A value's tie has ranks below + 1 to up_to, counted from 1; their mean is the average rank.
     ordered = jnp.sort(jnp.where(kept, x, jnp.inf))
     below, up_to = (jnp.searchsorted(ordered, x, side=side) for side in ("left", "right"))
     return jnp.where(kept, (below + up_to + 1) / 2, 0).astype(x.dtype)

@@ -5,12 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from arrakis_jax.core.axes import Array, Float
+from arrakis_jax.core.axes import Array, Bool, Float
 from arrakis_jax.core.checks import checked_layers, checked_seed
 from arrakis_jax.evaluation.agreement import agreement
 from arrakis_jax.forward.run import compiled
+from arrakis_jax.nn.block import Block
 from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.nn.walk import Place, walk
 
 
 def randomised_weights(
@@ -21,8 +24,8 @@ def randomised_weights(
     Args:
         model: the transformer, left as it is.
         seed: of the permutations.
-        layers: whose parameters are permuted, each layer's by itself; None for all.
-        outside: whether those outside of the layers are too (embeddings, final norm, unembedding).
+        layers: the layers whose parameters are permuted, each by itself; None for all.
+        outside: whether to permute also embeddings, final norm and unembedding.
 
     Returns:
         Another model of the same config.
@@ -41,6 +44,7 @@ def randomised_weights(
     """
     chosen = checked_layers(layers, model.config.n_layers)
     n_layers = model.config.n_layers
+    # An array and no static choice: one program serves every set of layers.
     which = jnp.ones(n_layers, bool)
     if chosen is not None:
         which = jnp.zeros(n_layers, bool).at[jnp.array(chosen, int)].set(True)
@@ -48,24 +52,33 @@ def randomised_weights(
 
 
 @compiled()
-def _randomised(model, key, which_L, outside):
-    paths, structure = jax.tree_util.tree_flatten_with_path(model)
-    parts = {id(block): own for block, own in model.stacks()}
-    leaves = []
-    for i, (path, leaf) in enumerate(paths):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        own = jax.random.fold_in(key, i)
-        if not name.startswith(("blocks", "segments")):
-            leaves.append(jnp.where(outside, _permuted(own, leaf), leaf))
-            continue
-        number = int(name.split(".")[1]) if name.startswith("segments") else 0
-        layers = list(parts.values())[number]
-        index = jnp.arange(layers.start, layers.stop)
-        keys = jax.vmap(lambda layer, own=own: jax.random.fold_in(own, layer))(index)
-        fresh = jax.lax.map(lambda at: _permuted(*at), (keys, leaf))
-        chosen = which_L[index].reshape(-1, *(1,) * (leaf.ndim - 1))
-        leaves.append(jnp.where(chosen, fresh, leaf))
-    return jax.tree.unflatten(structure, leaves)
+def _randomised(
+    model: Transformer, key: Array, which_L: Bool[Array, " L"], outside: Bool[Array, ""]
+) -> Transformer:
+    # Every parameter has a key of its own, from its number among all of the model's.
+    parts, structure = jax.tree.flatten(model, is_leaf=lambda part: isinstance(part, Block))
+    first = np.cumsum([0, *(len(jax.tree.leaves(part)) for part in parts)])
+    is_block = [isinstance(part, Block) for part in parts]
+    first_of_segment = [n for n, block in zip(first, is_block, strict=False) if block]
+
+    def permuted_block(_: None, place: Place, chosen: Array) -> tuple[None, Block]:
+        leaves, block = jax.tree.flatten(place.block)
+        numbered = enumerate(leaves, first_of_segment[place.segment])
+        keys = [jax.random.fold_in(jax.random.fold_in(key, n), place.index) for n, _ in numbered]
+        permuted = [
+            jnp.where(chosen, _permuted(key, leaf), leaf)
+            for key, leaf in zip(keys, leaves, strict=True)
+        ]
+        return None, jax.tree.unflatten(block, permuted)
+
+    blocks = iter(walk(model, permuted_block, None, which_L).by_segment)
+    parts = [
+        next(blocks)
+        if block
+        else jnp.where(outside, _permuted(jax.random.fold_in(key, n), part), part)
+        for n, block, part in zip(first, is_block, parts, strict=False)
+    ]
+    return jax.tree.unflatten(structure, parts)
 
 
 def _permuted(key: Array, x: Array) -> Array:
@@ -84,9 +97,9 @@ def randomisation_check(
         seed: of the permutations.
 
     Returns:
-        `[L+1,B]`, the rank correlation of the scores with those of the model itself: the last
-        layer randomised (with the final norm and, if it is not the embedding, the unembedding
-        left as they are), the last two, ... all layers, and last everything. An attribution that
+        `[L+1,B]`, the rank correlation of the scores with the scores of the model itself: with the
+        last layer randomised, the last two, ... all layers, and at last with everything. Before
+        that, embeddings, final norm and unembedding are left as they are. An attribution that
         explains the model must lose its correlation on the way.
 
     Example:
@@ -102,9 +115,9 @@ def randomisation_check(
     """
     n_layers = model.config.n_layers
     scores = attribute(model)
-    found = []
+    correlations = []
     for first in (*range(n_layers - 1, -1, -1), None):
         layers = None if first is None else tuple(range(first, n_layers))
         other = randomised_weights(model, seed, layers=layers, outside=first is None)
-        found.append(agreement(attribute(other), scores).rank_correlation)
-    return jnp.stack(found)
+        correlations.append(agreement(attribute(other), scores).rank_correlation)
+    return jnp.stack(correlations)

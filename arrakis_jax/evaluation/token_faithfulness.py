@@ -1,4 +1,4 @@
-"""Are the tokens that an attribution names those that the output needs? Take them away and see."""
+"""Does the output need the tokens that an attribution names? Take them away and see."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from arrakis_jax.core.checks import (
 )
 from arrakis_jax.core.errors import expected
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.forward.targets import checked_target
+from arrakis_jax.forward.targets import Target, checked_target
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.record import Record
 
@@ -33,15 +33,15 @@ class Curves(Record):
     """How a target falls as tokens are taken away in some order, and rises as they come back.
 
     Attributes:
-        deletion: `[T+1,B]`, the target without the first k tokens of the order, k = 0 to T; beyond
-            a row's own number of tokens as at it.
+        deletion: `[T+1,B]`, the target without the first k tokens of the order, k = 0 to T. A row
+            of fewer tokens keeps its last value.
         insertion: `[T+1,B]`, the target with the first k tokens alone.
         deletion_auc: `[B]`, the area under the deletion curve over the share of tokens taken away,
             the mean target on the way (`TokenFaithfulness.normalised`): small is good.
         insertion_auc: `[B]`, likewise: large is good.
-        comprehensiveness: `[B]`, the mean loss without the first 1, 5, 10, 20 and 50 % of the
-            tokens (rounded up): large is good.
-        sufficiency: `[B]`, the mean loss with these alone: small is good.
+        comprehensiveness: `[B]`, how much the target falls without the first 1, 5, 10, 20 and 50 %
+            of the tokens (rounded up), on average: large is good.
+        sufficiency: `[B]`, how much it falls with these tokens alone: small is good.
     """
 
     deletion: Float[Array, "K B"]
@@ -55,7 +55,7 @@ class Curves(Record):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, repr=False)
 class TokenFaithfulness(Record):
-    """The curves of an attribution's order of tokens, beside those of its controls.
+    """The curves of an attribution's order of tokens, and of control orders.
 
     Attributes:
         found: the attribution's, the largest first.
@@ -76,8 +76,8 @@ class TokenFaithfulness(Record):
     def normalised(self, target: Float[Array, "... B"]) -> Float[Array, "... B"]:
         """A target or an area as a share: 0 with no tokens, 1 with all.
 
-        It is wild where all tokens hardly change the target: over many examples, rather divide the
-        means.
+        Where all tokens together hardly change the target, it divides by almost zero: over many
+        examples, rather divide the means.
         """
         empty, full = (jnp.broadcast_to(x, target.shape) for x in (self.empty, self.full))
         return (target - empty) / (full - empty)
@@ -97,22 +97,22 @@ def token_faithfulness(
     step_batch: int = 1,
     check: bool = False,
 ) -> TokenFaithfulness:
-    """Deletion and insertion curves of scores of tokens, and what they come to.
+    """Deletion and insertion curves of scores of tokens, and the measures made from them.
 
     A token is taken away by putting the baseline in place of its embedding; its position stays.
 
     Args:
         model: the transformer.
         tokens: `[B,T]` token ids.
-        scores: `[B,T]`, what orders the tokens, the largest first: those of
-            `feature_attribution(...).tokens`, say. They should be signed: more of it, more target.
+        scores: `[B,T]`, by which the tokens are ordered, the largest first; for example
+            `feature_attribution(...).tokens`. They should be signed: more of it, more target.
         target: a target, or token ids whose logit it is.
         mask: `[B,T]`.
         baseline: as in `feature_attribution`: "mean" (None), "zero", a token id, `[B,T]` ids of a
             counterfactual prompt, or embeddings.
         first: whether each row's first token (BOS) can be taken away too.
         draws: how many random orders are made, an even number.
-        seed: of these. A row's orders depend on its own tokens alone, in whatever batch.
+        seed: of these. A row's orders depend on its own tokens alone, not on its batch.
         step_batch: how many forwards are run at once; bounds memory.
         check: also check the values of arrays that are on an accelerator.
 
@@ -165,10 +165,21 @@ def token_faithfulness(
 
 @compiled("first", "draws", "step_batch")
 def _token_faithfulness(
-    model, tokens, mask, scores, target, baseline, seed, *, first, draws, step_batch
-):
+    model: Transformer,
+    tokens: Array,
+    mask: Array | None,
+    scores: Float[Array, "B T"],
+    target: Target,
+    baseline: Array | None,
+    seed: Array,
+    *,
+    first: bool,
+    draws: int,
+    step_batch: int,
+) -> TokenFaithfulness:
     inputs = Inputs.of(model, tokens, mask, target)
     padding, width = inputs.padding, tokens.shape[1]
+    # The tokens that may be taken away.
     free_BT = padding.real if first else padding.real & (padding.rank > 0)
     n_B = free_BT.sum(-1)
     b_BTD = inputs.baseline(baseline)
@@ -177,7 +188,8 @@ def _token_faithfulness(
     random = jax.vmap(lambda draw: _random(key, inputs, draw))(jnp.arange(draws // 2))
     orders = jnp.concatenate([scores[None].astype(random.dtype), random])
     rank = jax.vmap(lambda order: _ranked(order, free_BT))(orders)
-    # Each order beside its reverse, whose deletions are its insertions.
+    # Each order and its reverse, next to each other: to insert the first k tokens of an order is to
+    # delete the first n - k of its reverse. So insertions need no forwards of their own.
     rank_NBT = jnp.stack([rank, jnp.where(free_BT[None], (n_B[:, None] - 1)[None] - rank, rank)], 1)
     rank_NBT = rank_NBT.reshape(-1, *tokens.shape)
 
@@ -186,6 +198,7 @@ def _token_faithfulness(
         gone_BT = free_BT & (rank_BT < k)
         return inputs.value(jnp.where(gone_BT[..., None], b_BTD, inputs.e_BTD))
 
+    # Every order with every k, in one list, so that `step_batch` batches across both.
     n_orders, ks = len(rank_NBT), jnp.arange(width + 1)
     every = jnp.repeat(rank_NBT, width + 1, 0), jnp.tile(ks, n_orders)
     value = jax.lax.map(without, every, batch_size=step_batch)
@@ -195,10 +208,10 @@ def _token_faithfulness(
     insertion_NKB = jnp.take_along_axis(pairs.reshape(deletion_NKB.shape), left_KB[None], 1)
 
     curves = jax.vmap(lambda d, i: _curves(d, i, n_B))(deletion_NKB, insertion_NKB)
-    of = [jax.tree.map(lambda x, i=i: x[i], curves) for i in (0, 1)]
+    found, reverse = (jax.tree.map(lambda x, i=i: x[i], curves) for i in (0, 1))
     return TokenFaithfulness(
-        found=of[0],
-        reversed=of[1],
+        found=found,
+        reversed=reverse,
         random=jax.tree.map(lambda x: x[2:], curves),
         n_tokens=n_B,
         full=deletion_NKB[0, 0],
@@ -207,10 +220,11 @@ def _token_faithfulness(
 
 
 def _curves(deletion_KB: Array, insertion_KB: Array, n_B: Array) -> Curves:
-    """What the curves of one order come to."""
+    """The curves of one order, and the measures made from them."""
     full_B = deletion_KB[0]
 
     def area(curve_KB: Array) -> Float[Array, " B"]:
+        # Trapezoids of width 1 / n, for each row's own n.
         between_KB = (curve_KB[1:] + curve_KB[:-1]) / 2
         steps = jnp.arange(between_KB.shape[0])[:, None] < n_B[None]
         return jnp.where(steps, between_KB, 0).sum(0) / n_B
@@ -232,17 +246,19 @@ def _curves(deletion_KB: Array, insertion_KB: Array, n_B: Array) -> Curves:
 
 
 def _ranked(order_BT: Float[Array, "B T"], free_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Each free token's place from the largest down, ties in order of position; the rest last."""
+    """Each free token's rank from the largest down, ties in order of position; the rest last."""
+    # The last key of lexsort is the first to decide; argsort of the order is each token's rank.
     return jnp.argsort(jnp.lexsort((-order_BT, ~free_BT)), -1)
 
 
 def _random(key: Array, inputs: Inputs, draw: Array) -> Float[Array, "B T"]:
     """Random numbers that depend on a row's own tokens and positions, not on its batch."""
     position_BT, real_BT = inputs.padding.rank, inputs.padding.real
+    # A number for each row, from its ids and positions, that seeds its draws.
     sum_B = jnp.where(real_BT, (inputs.ids + 1) * (2 * position_BT + 1), 0).sum(-1)
 
     def row(number: Array, position_T: Array) -> Float[Array, " T"]:
-        own = jax.random.fold_in(jax.random.fold_in(key, number), draw)
-        return jax.vmap(lambda p: jax.random.uniform(jax.random.fold_in(own, p)))(position_T)
+        key_of_row = jax.random.fold_in(jax.random.fold_in(key, number), draw)
+        return jax.vmap(lambda p: jax.random.uniform(jax.random.fold_in(key_of_row, p)))(position_T)
 
     return jax.vmap(row)(sum_B, position_BT)

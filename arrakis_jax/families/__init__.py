@@ -1,4 +1,4 @@
-"""Model families: one small file each, found by itself when it is in this folder."""
+"""Model families: one small file for each; a new file in this folder is found by itself."""
 
 import pkgutil
 from collections.abc import Mapping
@@ -14,11 +14,13 @@ from arrakis_jax.families.base import Family
 @cache
 def families() -> Mapping[str, Family]:
     """Every supported family by its `model_type`s."""
-    modules = (import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__))
-    found = (module.FAMILY for module in modules if hasattr(module, "FAMILY"))
+    modules = [import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
+    # Each module names its family as it likes. A module that builds on another family imports that
+    # module, not the family, so no family is listed twice.
+    defined = [v for module in modules for v in vars(module).values() if isinstance(v, Family)]
     return {
         name: family
-        for family in sorted(found, key=lambda family: family.name)
+        for family in sorted(defined, key=lambda family: family.name)
         for name in (family.name, *family.aliases)
     }
 

@@ -1,4 +1,4 @@
-"""What a family is: a table of Hugging Face config fields and a table of weight rules."""
+"""A family: a table of Hugging Face config fields, and a table of weight rules."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -12,8 +12,8 @@ from einops import rearrange
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
 
-# Config fields that no forward here depends on, by the reason why.
-IGNORED = {
+# Config fields that change no forward, by the reason why.
+_IGNORED = {
     "names and versions": (
         "model_type", "architectures", "name_or_path", "_name_or_path", "_commit_hash",
         "transformers_version", "auto_map", "tokenizer_class", "unsloth_version",
@@ -44,8 +44,8 @@ IGNORED = {
     ),
 }  # fmt: skip
 
-# Config fields of which only these values are supported.
-ONLY = {
+# Config fields that are supported with these values only; null is always right.
+_ONLY = {
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "pruned_heads": ({},),
@@ -54,7 +54,7 @@ ONLY = {
 }
 
 # Hugging Face's names of the activations that are computed exactly.
-ACTIVATIONS = {
+HF_ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
@@ -69,17 +69,16 @@ ACTIVATIONS = {
     "linear": "identity",
 }
 
-DTYPES = {
+_DTYPES = {
     "float32": "float32",
     "float64": "float64",
     "bfloat16": "bfloat16",
     "float16": "float32",
 }
 
-
-LAYERS = {"num_hidden_layers", "n_layer", "num_layers"}
-MAX_LAYERS = 10_000
-HUGE = 1e30  # beyond any number that a config can mean
+_LAYER_COUNTS = {"num_hidden_layers", "n_layer", "num_layers"}
+_MAX_LAYERS = 10_000
+HUGE = 1e30  # larger than any number that a config can mean
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,14 @@ class Rule:
     """How a tensor on disk becomes one parameter, or several.
 
     Attributes:
-        tensor: its name; `{l}` stands for the layer, whose parameters are stacked, and the letter
-            of an axis in braces, as `{E}` or `{H}`, for one tensor for each index of the
-            parameter's first axis.
-        pattern: einops, from the axes on disk to the parameter's own (without the axes of `tensor`
-            in braces), in the letters of `letters`. A tensor that holds several parameters has an
-            axis `part` on both sides.
-        params: the parameters it fills; `blocks` stands for the layers, whatever their segment.
-        sizes: how much of the axis `part` each of them takes, as a letter or "1" (the default).
+        tensor: the tensor's name. `{l}` stands for the layer; the parameters of all layers are
+            stacked. An axis in braces, such as `{E}` or `{H}`, stands for an index of the
+            parameter's first axis: the checkpoint has one tensor for each.
+        pattern: an einops pattern from the axes on disk to the axes of the parameter, in the
+            letters of `letters`. Axes in braces do not appear. A tensor that holds several
+            parameters has an axis `part` on both sides.
+        params: the parameters that it fills; `blocks` stands for the layers of any segment.
+        sizes: how much of the axis `part` each parameter takes, as a letter or "1" (the default).
     """
 
     tensor: str
@@ -104,9 +103,9 @@ class Rule:
 
     @property
     def each(self) -> str | None:
-        """The letter of the axis of which every index is a tensor of its own."""
-        found = re.search(r"\{([A-Z])\}", self.tensor)
-        return found and found[1]
+        """The letter of the axis in braces: every index along it is a tensor of its own."""
+        match = re.search(r"\{([A-Z])\}", self.tensor)
+        return match and match[1]
 
     def names(self, config: ModelConfig, layer: int | None = None) -> list[str]:
         """The names of the tensors that fill the parameters (of one layer)."""
@@ -124,9 +123,7 @@ class Rule:
 
     def part(self, array: np.ndarray, param: str, config: ModelConfig) -> np.ndarray:
         """The share of one parameter, as a view where numpy can."""
-        length = self._lengths(config)
-        used = set(re.findall(r"\w+", self.pattern))
-        array = rearrange(array, self.pattern, **{a: length[a] for a in used})
+        array = rearrange(array, self.pattern, **self._used_lengths(config))
         if len(self.params) == 1:
             return array
         axis = self.pattern.split("->")[1].split().index("part")
@@ -140,15 +137,15 @@ class Rule:
         whole = parts[0]
         if len(parts) > 1:
             axes = target.split()
+            # A part of size 1 has no axis in the model: give it back before joining.
             shapes = (
                 [size if axis == "part" else length[axis] for axis in axes]
                 for size in self._sizes(config)
             )
             shaped = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
             whole = np.concatenate(shaped, axes.index("part"))
-        used = set(re.findall(r"\w+", self.pattern))
-        pattern = f"{target} -> {source}"
-        return np.ascontiguousarray(rearrange(whole, pattern, **{a: length[a] for a in used}))
+        on_disk = rearrange(whole, f"{target} -> {source}", **self._used_lengths(config))
+        return np.ascontiguousarray(on_disk)
 
     def _sizes(self, config: ModelConfig) -> tuple[int, ...]:
         length = letters(config)
@@ -157,17 +154,28 @@ class Rule:
     def _lengths(self, config: ModelConfig) -> dict[str, int]:
         return letters(config) | {"part": sum(self._sizes(config))}
 
+    def _used_lengths(self, config: ModelConfig) -> dict[str, int]:
+        # einops refuses the length of an axis that its pattern does not have.
+        length = self._lengths(config)
+        return {axis: length[axis] for axis in set(re.findall(r"\w+", self.pattern))}
+
 
 def rule(tensor: str, pattern: str, *params: str, sizes: tuple[str, ...] = ()) -> Rule:
     """A row of a family's table of weights."""
     return Rule(tensor, pattern, params, sizes)
 
 
-def letters(config: ModelConfig) -> dict[str, int]:
-    """The length of each axis of the weights, as in axes.py.
+def norm_rules(tensor: str, norm: str) -> tuple[Rule, Rule]:
+    """The rows of a LayerNorm: its gain and its bias."""
+    gain, bias = f"{tensor}.weight", f"{tensor}.bias"
+    return rule(gain, "D -> D", f"{norm}.w"), rule(bias, "D -> D", f"{norm}.b")
 
-    Also: M width of the embedding, N rows of the learned positions, J width of one expert, U width
-    of the shared expert.
+
+def letters(config: ModelConfig) -> dict[str, int]:
+    """The length of each axis of the weights, by the letters of axes.py.
+
+    Letters used here alone: M width of the embedding, N rows of the learned positions, J width of
+    one expert, U width of the shared expert.
     """
     return {
         "D": config.d_model,
@@ -193,21 +201,21 @@ class Family:
     Attributes:
         name: its `model_type`.
         defaults: the config fields that are read, with the defaults of Hugging Face's class.
-        types: of the fields whose default is None.
+        types: the types of the fields whose default is None.
         nullable: fields that may be null although their default is not.
-        choices: of the fields that are names: the supported names, and what each means here.
-        build: the arguments of ModelConfig, except dtype, from the values of these fields; raises
-            ValueError for a combination that is not supported.
-        rules: the table of weights. Several may fill the same parameter: the first of which the
-            checkpoint has the tensors is used.
-        prefix: of tensor names; checkpoints may leave it out.
+        choices: for each field that holds a name: the supported names, and their meaning here.
+        build: a function from the values of these fields to the arguments of ModelConfig (all but
+            dtype). It raises ValueError for a combination that is not supported.
+        rules: the table of weights. Where several rows fill one parameter, the first row whose
+            tensors are in the checkpoint is used.
+        prefix: the start of tensor names; checkpoints may leave it out.
         aliases: other `model_type`s of the same architecture.
         nested: the config field that holds the decoder's own config, in models of several parts.
         buffers: regular expressions of tensors that are not weights of the decoder.
-        spelled: other names of tensors: regular expressions, and what to put for what they match.
+        spelled: other names of tensors: regular expressions, and their replacements.
         renamed: other names of fields.
-        ignored: fields that do not change the forward, by the reason why, besides `IGNORED`.
-        only: fields of which only these values are supported, besides `ONLY`.
+        ignored: further fields that do not change the forward, by the reason why.
+        only: further fields that are supported with these values only.
     """
 
     name: str
@@ -234,10 +242,9 @@ class Family:
     @property
     def known(self) -> frozenset[str]:
         """The names of all config fields that are accounted for."""
-        ignored = [
-            n for table in (IGNORED, self.ignored) for names in table.values() for n in names
-        ]
-        return frozenset((*self.read, *ignored, *ONLY, *self.only))
+        reasons = (*_IGNORED.values(), *self.ignored.values())
+        ignored = [name for names in reasons for name in names]
+        return frozenset((*self.read, *ignored, *_ONLY, *self.only))
 
     def config(self, hf: Mapping[str, Any]) -> ModelConfig:
         """The ModelConfig of a Hugging Face config, in which absent fields have their defaults.
@@ -245,18 +252,43 @@ class Family:
         Raises:
             ValueError: listing every field that is unknown, or has a value that is not supported.
         """
-        problems = []
-        values = dict(self.defaults)
-        only = {**ONLY, **self.only}
+        values, problems = self._read(hf)
+        stored = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+        dtype = _DTYPES.get(str(stored).removeprefix("torch."))
+        if dtype is None:
+            must = f"one of {tuple(_DTYPES)}"
+            problems.append(expected("dtype", must, repr(stored), "convert the weights"))
+        values |= {name: table[values[name]] for name, table in self.choices.items()}
+        for name in _LAYER_COUNTS & values.keys():
+            # Raised at once, because `build` makes tuples with an entry for each layer.
+            if values[name] > _MAX_LAYERS:
+                must = f"at most {_MAX_LAYERS}"
+                raise ValueError(expected(name, must, values[name], "correct it"))
+        config = None
+        try:
+            config = ModelConfig(**self.build(values), dtype=dtype or "float32")
+        except ValueError as error:
+            problems.append(str(error))
+        except (ArithmeticError, TypeError) as error:
+            must, do = "of numbers that fit together", "look for one that is 0, or far too large"
+            problems.append(expected(f"config of {self.name}", must, f"'{error}'", do))
+        if config is None or problems:
+            raise ValueError("\n".join(problems))
+        return config
+
+    def _read(self, hf: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """The values of the fields that are read, and a message for each field that is wrong."""
+        values, problems = dict(self.defaults), []
+        only = {**_ONLY, **self.only}
         for name, value in hf.items():
             field_name = self.renamed.get(name, name)
             if field_name in self.defaults:
-                wrong = self._wrong(field_name, value)
-                if wrong is None:
+                must = self._must(field_name, value)
+                if must is None:
                     values[field_name] = value
                 else:
                     do = "it is not supported" if field_name in self.choices else "correct it"
-                    problems.append(expected(name, wrong, repr(value), do))
+                    problems.append(expected(name, must, repr(value), do))
             elif name in only:
                 if value is not None and value not in only[name]:
                     must = " or ".join(map(repr, (*only[name], None)))
@@ -265,29 +297,10 @@ class Family:
                 must = f"absent, or a config field of {self.name} that is known here"
                 do = "it may change the forward; remove it if it does not"
                 problems.append(expected(name, must, repr(value), do))
-        stored = hf.get("dtype") or hf.get("torch_dtype") or "float32"
-        dtype = DTYPES.get(str(stored).removeprefix("torch."))
-        if dtype is None:
-            must = f"one of {tuple(DTYPES)}"
-            problems.append(expected("dtype", must, repr(stored), "convert the weights"))
-        values |= {name: table[values[name]] for name, table in self.choices.items()}
-        for name in LAYERS & values.keys():
-            if values[name] > MAX_LAYERS:  # before anything is made for each of them
-                must = f"at most {MAX_LAYERS}"
-                raise ValueError(expected(name, must, values[name], "correct it"))
-        try:
-            config = ModelConfig(**self.build(values), dtype=dtype or "float32")
-        except ValueError as error:
-            problems.append(str(error))
-        except (ArithmeticError, TypeError) as error:
-            must, do = "of numbers that fit together", "look for one that is 0, or far too large"
-            problems.append(expected(f"config of {self.name}", must, f"'{error}'", do))
-        if problems:
-            raise ValueError("\n".join(problems))
-        return config
+        return values, problems
 
-    def _wrong(self, name: str, value: Any) -> str | None:
-        """What the value must be, if it is not."""
+    def _must(self, name: str, value: Any) -> str | None:
+        """What the value must be, or None if it is right."""
         if name in self.choices:
             known = tuple(self.choices[name])
             return None if value in known else f"one of {known}"

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from arrakis_jax.families.base import Family, per_head, rule
+from arrakis_jax.families.base import Family, norm_rules, per_head, rule
 
-DEFAULTS = {
+_DEFAULTS = {
     "vocab_size": 250880,
     "hidden_size": 64,
     "n_layer": 2,
@@ -13,11 +13,10 @@ DEFAULTS = {
     "apply_residual_connection_post_layernorm": False,
     "tie_word_embeddings": True,
 }
-TRAINED = 2048  # tokens; no config field holds it, and ALiBi goes beyond
+_TRAINED = 2048  # tokens; no config field holds it, and ALiBi goes beyond
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     width = hf["hidden_size"]
     normed = hf["apply_residual_connection_post_layernorm"]
     return {
@@ -33,7 +32,7 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
         "norm_placement": "stream_before" if normed else "pre",
         "embed_norm": True,
         "positions": "alibi",
-        "max_positions": TRAINED,
+        "max_positions": _TRAINED,
         "qkv_bias": True,
         "out_bias": True,
         "activation": "gelu_bloom",
@@ -42,35 +41,31 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-LAYER = "transformer.h.{l}."
-RULES = (
+_LAYER = "transformer.h.{l}."
+_RULES = (
     rule("transformer.word_embeddings.weight", "V D -> V D", "w_e"),
-    rule("transformer.word_embeddings_layernorm.weight", "D -> D", "norm_embed.w"),
-    rule("transformer.word_embeddings_layernorm.bias", "D -> D", "norm_embed.b"),
-    rule(LAYER + "input_layernorm.weight", "D -> D", "blocks.norm_attn.w"),
-    rule(LAYER + "input_layernorm.bias", "D -> D", "blocks.norm_attn.b"),
-    rule(LAYER + "self_attention.query_key_value.weight", "(H part K) D -> part D H K",
+    *norm_rules("transformer.word_embeddings_layernorm", "norm_embed"),
+    *norm_rules(_LAYER + "input_layernorm", "blocks.norm_attn"),
+    rule(_LAYER + "self_attention.query_key_value.weight", "(H part K) D -> part D H K",
          "blocks.attn.w_q", "blocks.attn.w_k", "blocks.attn.w_v"),
-    rule(LAYER + "self_attention.query_key_value.bias", "(H part K) -> part H K",
+    rule(_LAYER + "self_attention.query_key_value.bias", "(H part K) -> part H K",
          "blocks.attn.b_q", "blocks.attn.b_k", "blocks.attn.b_v"),
-    rule(LAYER + "self_attention.dense.weight", "D (H K) -> H K D", "blocks.attn.w_o"),
-    rule(LAYER + "self_attention.dense.bias", "D -> D", "blocks.attn.b_o"),
-    rule(LAYER + "post_attention_layernorm.weight", "D -> D", "blocks.norm_mlp.w"),
-    rule(LAYER + "post_attention_layernorm.bias", "D -> D", "blocks.norm_mlp.b"),
-    rule(LAYER + "mlp.dense_h_to_4h.weight", "F D -> D F", "blocks.mlp.w_in"),
-    rule(LAYER + "mlp.dense_h_to_4h.bias", "F -> F", "blocks.mlp.b_in"),
-    rule(LAYER + "mlp.dense_4h_to_h.weight", "D F -> F D", "blocks.mlp.w_out"),
-    rule(LAYER + "mlp.dense_4h_to_h.bias", "D -> D", "blocks.mlp.b_out"),
-    rule("transformer.ln_f.weight", "D -> D", "norm_final.w"),
-    rule("transformer.ln_f.bias", "D -> D", "norm_final.b"),
+    rule(_LAYER + "self_attention.dense.weight", "D (H K) -> H K D", "blocks.attn.w_o"),
+    rule(_LAYER + "self_attention.dense.bias", "D -> D", "blocks.attn.b_o"),
+    *norm_rules(_LAYER + "post_attention_layernorm", "blocks.norm_mlp"),
+    rule(_LAYER + "mlp.dense_h_to_4h.weight", "F D -> D F", "blocks.mlp.w_in"),
+    rule(_LAYER + "mlp.dense_h_to_4h.bias", "F -> F", "blocks.mlp.b_in"),
+    rule(_LAYER + "mlp.dense_4h_to_h.weight", "D F -> F D", "blocks.mlp.w_out"),
+    rule(_LAYER + "mlp.dense_4h_to_h.bias", "D -> D", "blocks.mlp.b_out"),
+    *norm_rules("transformer.ln_f", "norm_final"),
     rule("lm_head.weight", "V D -> D V", "w_u"),
 )  # fmt: skip
 
-FAMILY = Family(
+BLOOM = Family(
     name="bloom",
-    defaults=DEFAULTS,
-    build=build,
-    rules=RULES,
+    defaults=_DEFAULTS,
+    build=_arguments,
+    rules=_RULES,
     prefix="transformer.",
     renamed={
         "n_embed": "hidden_size",

@@ -6,9 +6,8 @@ from arrakis_jax.families import decoder
 from arrakis_jax.families.base import rule
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
-    return decoder.build(hf | {"rms_norm_eps": hf["layer_norm_eps"]}) | {
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
+    return decoder.llama_arguments(hf | {"rms_norm_eps": hf["layer_norm_eps"]}) | {
         "norm": "layernorm",
         "norm_bias": False,
         "parallel": True,
@@ -19,16 +18,16 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-RULES = (
-    *decoder.ENDS,
-    *decoder.ATTENTION,
+_RULES = (
+    *decoder.END_RULES,
+    *decoder.ATTENTION_RULES,
     rule(decoder.LAYER + "self_attn.q_norm.weight", "H K -> H K", "blocks.attn.norm_q.w"),
     rule(decoder.LAYER + "self_attn.k_norm.weight", "G K -> G K", "blocks.attn.norm_k.w"),
     rule(decoder.LAYER + "input_layernorm.weight", "D -> D", "blocks.norm_attn.w"),
-    *decoder.MLP,
+    *decoder.MLP_RULES,
 )
 
-FAMILY = decoder.Decoder(
+COHERE = decoder.Decoder(
     name="cohere",
     defaults=decoder.DEFAULTS
     | {
@@ -46,8 +45,8 @@ FAMILY = decoder.Decoder(
         "logit_scale": 0.0625,
         "use_qk_norm": False,
     },
-    build=build,
-    rules=RULES,
+    build=_arguments,
+    rules=_RULES,
     nullable=(*decoder.NULLABLE, "use_qk_norm"),
     ignored=decoder.IGNORED | {"of the tokenizer": ("model_max_length",)},
 )

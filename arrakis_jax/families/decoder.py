@@ -1,6 +1,7 @@
 """What the families in the shape of Llama share: config fields, their meaning, and weights.
 
-No family itself. A family is a `Decoder`, which is Llama in everything that it does not say.
+This module defines no family. A family in this shape is a `Decoder`: what its own table leaves out
+is as in Llama.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,9 +10,10 @@ from typing import Any
 
 from arrakis_jax.core.errors import expected
 from arrakis_jax.families import rope
-from arrakis_jax.families.base import ACTIVATIONS, Family, Rule, per_head, rule
+from arrakis_jax.families.base import HF_ACTIVATIONS, Family, Rule, per_head, rule
 
-# Fields of every family, with Llama's defaults. `head_dim` is read although not every class has it.
+# Fields of every family, with Llama's defaults. `head_dim` is read for every family, although not
+# every class of Hugging Face has it.
 DEFAULTS = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -22,23 +24,24 @@ DEFAULTS = {
     "head_dim": None,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
-    **rope.DEFAULTS,
+    **rope.ROTARY_DEFAULTS,
 }
 TYPES = {
     "num_key_value_heads": int,
     "head_dim": int,
     "sliding_window": int,
     "layer_types": list,
-    **rope.TYPES,
+    **rope.ROTARY_TYPES,
 }
 LAYER_TYPES = {"full_attention": False, "attention": False, "sliding_attention": True}
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
+def llama_arguments(hf: dict[str, Any]) -> dict[str, Any]:
     """The arguments of ModelConfig for Llama.
 
-    Reads also `hidden_act`, `rms_norm_eps` and, where a family has them, `attention_bias` and
-    `mlp_bias`. A family with other names for these gives the values under these.
+    Reads the fields of `DEFAULTS`, `hidden_act`, `rms_norm_eps` and, where a family has them,
+    `attention_bias` and `mlp_bias`. A family with other names for these passes its values under
+    these names.
     """
     width, n_heads = hf["hidden_size"], hf["num_attention_heads"]
     n_kv_heads, d_head = hf["num_key_value_heads"], hf["head_dim"]
@@ -55,7 +58,7 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
         "norm_eps": hf["rms_norm_eps"],
         "positions": "rope",
         "max_positions": hf["max_position_embeddings"],
-        **rope.rope(hf),
+        **rope.rope_arguments(hf),
         "qkv_bias": bias,
         "out_bias": bias,
         "activation": hf["hidden_act"],
@@ -70,7 +73,7 @@ def windows(hf: dict[str, Any], slides: Callable[[int], bool]) -> dict[str, Any]
 
     Args:
         hf: the values of the fields; `sliding_window` is the width.
-        slides: whether a layer has a window, in older configs.
+        slides: whether a layer has a window, for configs without `layer_types`.
     """
     n_layers, kinds = hf["num_hidden_layers"], hf["layer_types"]
     if kinds is None:
@@ -89,19 +92,19 @@ def windows(hf: dict[str, Any], slides: Callable[[int], bool]) -> dict[str, Any]
 
 
 def positive(hf: dict[str, Any], name: str) -> Any:
-    """The value of a field by which something is divided."""
+    """The value of a field that must be positive; ValueError if it is not."""
     if hf[name] > 0:
         return hf[name]
     raise ValueError(expected(name, "> 0", hf[name], "correct it"))
 
 
 LAYER = "model.layers.{l}."
-ENDS = (
+END_RULES = (
     rule("model.embed_tokens.weight", "V D -> V D", "w_e"),
     rule("model.norm.weight", "D -> D", "norm_final.w"),
     rule("lm_head.weight", "V D -> D V", "w_u"),
 )
-QKV = (
+QKV_RULES = (
     rule(LAYER + "self_attn.q_proj.weight", "(H K) D -> D H K", "blocks.attn.w_q"),
     rule(LAYER + "self_attn.k_proj.weight", "(G K) D -> D G K", "blocks.attn.w_k"),
     rule(LAYER + "self_attn.v_proj.weight", "(G K) D -> D G K", "blocks.attn.w_v"),
@@ -109,27 +112,27 @@ QKV = (
     rule(LAYER + "self_attn.k_proj.bias", "(G K) -> G K", "blocks.attn.b_k"),
     rule(LAYER + "self_attn.v_proj.bias", "(G K) -> G K", "blocks.attn.b_v"),
 )
-ATTENTION = (
-    *QKV,
+ATTENTION_RULES = (
+    *QKV_RULES,
     rule(LAYER + "self_attn.o_proj.weight", "D (H K) -> H K D", "blocks.attn.w_o"),
     rule(LAYER + "self_attn.o_proj.bias", "D -> D", "blocks.attn.b_o"),
 )
-# The norms of Llama, their biases where they are LayerNorms, and those of queries and keys where
-# every head has the same gain.
-NORMS = (
+# Llama's norms; their biases, where a family has LayerNorms; and the norms of queries and keys,
+# where every head has the same gain.
+NORM_RULES = (
     rule(LAYER + "input_layernorm.weight", "D -> D", "blocks.norm_attn.w"),
     rule(LAYER + "post_attention_layernorm.weight", "D -> D", "blocks.norm_mlp.w"),
 )
-NORM_BIASES = (
+NORM_BIAS_RULES = (
     rule("model.norm.bias", "D -> D", "norm_final.b"),
     rule(LAYER + "input_layernorm.bias", "D -> D", "blocks.norm_attn.b"),
     rule(LAYER + "post_attention_layernorm.bias", "D -> D", "blocks.norm_mlp.b"),
 )
-QK_NORMS = (
+QK_NORM_RULES = (
     rule(LAYER + "self_attn.q_norm.weight", "K -> K", "blocks.attn.norm_q.w"),
     rule(LAYER + "self_attn.k_norm.weight", "K -> K", "blocks.attn.norm_k.w"),
 )
-MLP = (
+MLP_RULES = (
     rule(LAYER + "mlp.gate_proj.weight", "F D -> D F", "blocks.mlp.w_gate"),
     rule(LAYER + "mlp.up_proj.weight", "F D -> D F", "blocks.mlp.w_in"),
     rule(LAYER + "mlp.down_proj.weight", "D F -> F D", "blocks.mlp.w_out"),
@@ -137,14 +140,15 @@ MLP = (
     rule(LAYER + "mlp.up_proj.bias", "F -> F", "blocks.mlp.b_in"),
     rule(LAYER + "mlp.down_proj.bias", "D -> D", "blocks.mlp.b_out"),
 )
-# Router and experts as transformers 5 holds them in memory; older files have them one by one.
-EXPERTS = (
+# The router, and all experts as one tensor, as transformers 5 holds them in memory. Older files
+# have a tensor for each expert.
+EXPERT_RULES = (
     rule(LAYER + "mlp.gate.weight", "E D -> D E", "blocks.moe.w_router"),
     rule(LAYER + "mlp.experts.gate_up_proj", "E (part J) D -> part E D J",
          "blocks.moe.w_gate", "blocks.moe.w_in"),
     rule(LAYER + "mlp.experts.down_proj", "E D J -> E J D", "blocks.moe.w_out"),
 )  # fmt: skip
-RULES = (*ENDS, *ATTENTION, *NORMS, *MLP)
+LLAMA_RULES = (*END_RULES, *ATTENTION_RULES, *NORM_RULES, *MLP_RULES)
 IGNORED = {
     "training": ("attention_dropout",),
     "how the products are split over devices": ("pretraining_tp",),
@@ -161,12 +165,12 @@ NULLABLE = ("num_key_value_heads", "sliding_window")
 class Decoder(Family):
     """A family in the shape of Llama."""
 
-    build: Callable[[dict[str, Any]], dict[str, Any]] = build
-    rules: tuple[Rule, ...] = RULES
+    build: Callable[[dict[str, Any]], dict[str, Any]] = llama_arguments
+    rules: tuple[Rule, ...] = LLAMA_RULES
     prefix: str = "model."
     types: Mapping[str, type] = field(default_factory=lambda: TYPES)
     choices: Mapping[str, Mapping[str, str]] = field(
-        default_factory=lambda: {"hidden_act": ACTIVATIONS}
+        default_factory=lambda: {"hidden_act": HF_ACTIVATIONS}
     )
     buffers: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
     ignored: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: IGNORED)

@@ -4,9 +4,9 @@ from typing import Any
 
 from arrakis_jax.core.errors import expected
 from arrakis_jax.families import rope
-from arrakis_jax.families.base import ACTIVATIONS, Family, per_head, rule
+from arrakis_jax.families.base import HF_ACTIVATIONS, Family, norm_rules, per_head, rule
 
-DEFAULTS = {
+_DEFAULTS = {
     "vocab_size": 65024,
     "hidden_size": 4544,
     "num_hidden_layers": 32,
@@ -24,12 +24,11 @@ DEFAULTS = {
     "ffn_hidden_size": None,
     "activation": "gelu",
     "tie_word_embeddings": True,
-    **rope.DEFAULTS,
+    **rope.ROTARY_DEFAULTS,
 }
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     width, n_heads, inner = hf["hidden_size"], hf["num_attention_heads"], hf["ffn_hidden_size"]
     # Of the first checkpoints, those of the 40B name `n_head_kv`, and only those.
     new = hf["new_decoder_architecture"] or hf["n_head_kv"] is not None
@@ -48,7 +47,7 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
     positions = (
         {"positions": "alibi", "falcon_alibi": True}
         if hf["alibi"]
-        else {"positions": "rope", **rope.rope(hf)}
+        else {"positions": "rope", **rope.rope_arguments(hf)}
     )
     return {
         "n_layers": hf["num_hidden_layers"],
@@ -72,42 +71,37 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-LAYER = "transformer.h.{l}."
-QKV = LAYER + "self_attention.query_key_value."
-RULES = (
+_LAYER = "transformer.h.{l}."
+_QKV = _LAYER + "self_attention.query_key_value."
+_RULES = (
     rule("transformer.word_embeddings.weight", "V D -> V D", "w_e"),
-    rule(LAYER + "input_layernorm.weight", "D -> D", "blocks.norm_attn.w"),
-    rule(LAYER + "input_layernorm.bias", "D -> D", "blocks.norm_attn.b"),
-    rule(LAYER + "ln_attn.weight", "D -> D", "blocks.norm_attn.w"),
-    rule(LAYER + "ln_attn.bias", "D -> D", "blocks.norm_attn.b"),
-    rule(QKV + "weight", "(G part K) D -> D G part K",
+    *norm_rules(_LAYER + "input_layernorm", "blocks.norm_attn"),
+    *norm_rules(_LAYER + "ln_attn", "blocks.norm_attn"),
+    rule(_QKV + "weight", "(G part K) D -> D G part K",
          "blocks.attn.w_q", "blocks.attn.w_k", "blocks.attn.w_v", sizes=("R", "1", "1")),
-    rule(QKV + "bias", "(G part K) -> G part K",
+    rule(_QKV + "bias", "(G part K) -> G part K",
          "blocks.attn.b_q", "blocks.attn.b_k", "blocks.attn.b_v", sizes=("R", "1", "1")),
-    rule(LAYER + "self_attention.dense.weight", "D (H K) -> H K D", "blocks.attn.w_o"),
-    rule(LAYER + "self_attention.dense.bias", "D -> D", "blocks.attn.b_o"),
-    rule(LAYER + "post_attention_layernorm.weight", "D -> D", "blocks.norm_mlp.w"),
-    rule(LAYER + "post_attention_layernorm.bias", "D -> D", "blocks.norm_mlp.b"),
-    rule(LAYER + "ln_mlp.weight", "D -> D", "blocks.norm_mlp.w"),
-    rule(LAYER + "ln_mlp.bias", "D -> D", "blocks.norm_mlp.b"),
-    rule(LAYER + "mlp.dense_h_to_4h.weight", "F D -> D F", "blocks.mlp.w_in"),
-    rule(LAYER + "mlp.dense_h_to_4h.bias", "F -> F", "blocks.mlp.b_in"),
-    rule(LAYER + "mlp.dense_4h_to_h.weight", "D F -> F D", "blocks.mlp.w_out"),
-    rule(LAYER + "mlp.dense_4h_to_h.bias", "D -> D", "blocks.mlp.b_out"),
-    rule("transformer.ln_f.weight", "D -> D", "norm_final.w"),
-    rule("transformer.ln_f.bias", "D -> D", "norm_final.b"),
+    rule(_LAYER + "self_attention.dense.weight", "D (H K) -> H K D", "blocks.attn.w_o"),
+    rule(_LAYER + "self_attention.dense.bias", "D -> D", "blocks.attn.b_o"),
+    *norm_rules(_LAYER + "post_attention_layernorm", "blocks.norm_mlp"),
+    *norm_rules(_LAYER + "ln_mlp", "blocks.norm_mlp"),
+    rule(_LAYER + "mlp.dense_h_to_4h.weight", "F D -> D F", "blocks.mlp.w_in"),
+    rule(_LAYER + "mlp.dense_h_to_4h.bias", "F -> F", "blocks.mlp.b_in"),
+    rule(_LAYER + "mlp.dense_4h_to_h.weight", "D F -> F D", "blocks.mlp.w_out"),
+    rule(_LAYER + "mlp.dense_4h_to_h.bias", "D -> D", "blocks.mlp.b_out"),
+    *norm_rules("transformer.ln_f", "norm_final"),
     rule("lm_head.weight", "V D -> D V", "w_u"),
 )  # fmt: skip
 
-FAMILY = Family(
+FALCON = Family(
     name="falcon",
     aliases=("RefinedWeb", "RefinedWebModel"),
-    defaults=DEFAULTS,
+    defaults=_DEFAULTS,
     types={"num_ln_in_parallel_attn": int, "num_kv_heads": int, "n_head_kv": int,
-           "ffn_hidden_size": int, **rope.TYPES},
-    choices={"activation": ACTIVATIONS},
-    build=build,
-    rules=RULES,
+           "ffn_hidden_size": int, **rope.ROTARY_TYPES},
+    choices={"activation": HF_ACTIVATIONS},
+    build=_arguments,
+    rules=_RULES,
     prefix="transformer.",
     buffers=(r".*(rotary_emb|maybe_rotary)\.inv_freq",),
     renamed={

@@ -3,18 +3,17 @@
 from typing import Any
 
 from arrakis_jax.families import decoder
-from arrakis_jax.families.base import ACTIVATIONS
+from arrakis_jax.families.base import HF_ACTIVATIONS
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
-    return decoder.build(hf) | {
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
+    return decoder.llama_arguments(hf) | {
         "norm_offset": 1.0,
         "embed_scale": decoder.positive(hf, "hidden_size") ** 0.5,
     }
 
 
-FAMILY = decoder.Decoder(
+GEMMA = decoder.Decoder(
     name="gemma",
     defaults=decoder.DEFAULTS
     | {
@@ -31,9 +30,9 @@ FAMILY = decoder.Decoder(
         "tie_word_embeddings": True,
         "attention_bias": False,
     },
-    build=build,
+    build=_arguments,
     # The first files say "gelu" and mean its approximation.
-    choices={"hidden_act": ACTIVATIONS | {"gelu": "gelu_tanh"}},
+    choices={"hidden_act": HF_ACTIVATIONS | {"gelu": "gelu_tanh"}},
     only=decoder.ONLY
     | {
         "use_bidirectional_attention": (False,),

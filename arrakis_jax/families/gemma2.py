@@ -3,10 +3,10 @@
 from typing import Any
 
 from arrakis_jax.families import decoder, gemma
-from arrakis_jax.families.base import ACTIVATIONS, rule
+from arrakis_jax.families.base import HF_ACTIVATIONS, rule
 
-# Those of Gemma 3 too.
-DEFAULTS = decoder.DEFAULTS | {
+# The fields that Gemma 3 has too.
+SHARED_DEFAULTS = decoder.DEFAULTS | {
     "vocab_size": 256000,
     "hidden_size": 2304,
     "intermediate_size": 9216,
@@ -26,37 +26,36 @@ DEFAULTS = decoder.DEFAULTS | {
 }
 
 
-def common(hf: dict[str, Any]) -> dict[str, Any]:
+def shared_arguments(hf: dict[str, Any]) -> dict[str, Any]:
     """The arguments of ModelConfig in which Gemma 2 and 3 agree."""
-    return gemma.build(hf | {"hidden_act": hf["hidden_activation"]}) | {
+    return gemma.GEMMA.build(hf | {"hidden_act": hf["hidden_activation"]}) | {
         "norm_placement": "both",
         "attention_scale": decoder.positive(hf, "query_pre_attn_scalar") ** -0.5,
         "logit_softcap": hf["final_logit_softcapping"],
     }
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     windows = decoder.windows(hf, lambda layer: layer % 2 == 0)
-    return common(hf) | windows | {"attention_softcap": hf["attn_logit_softcapping"]}
+    return shared_arguments(hf) | windows | {"attention_softcap": hf["attn_logit_softcapping"]}
 
 
 # `post_attention_layernorm`, Llama's norm of what the MLP reads, is one of what attention writes.
-NORMS = (
+_NORMS = (
     rule(decoder.LAYER + "input_layernorm.weight", "D -> D", "blocks.norm_attn.w"),
     rule(decoder.LAYER + "post_attention_layernorm.weight", "D -> D", "blocks.norm_attn_out.w"),
     rule(decoder.LAYER + "pre_feedforward_layernorm.weight", "D -> D", "blocks.norm_mlp.w"),
     rule(decoder.LAYER + "post_feedforward_layernorm.weight", "D -> D", "blocks.norm_mlp_out.w"),
 )
-RULES = (*decoder.ENDS, *decoder.ATTENTION, *NORMS, *decoder.MLP)
+_RULES = (*decoder.END_RULES, *decoder.ATTENTION_RULES, *_NORMS, *decoder.MLP_RULES)
 
-FAMILY = decoder.Decoder(
+GEMMA2 = decoder.Decoder(
     name="gemma2",
-    defaults=DEFAULTS | {"attn_logit_softcapping": 50.0},
-    build=build,
-    rules=RULES,
+    defaults=SHARED_DEFAULTS | {"attn_logit_softcapping": 50.0},
+    build=_arguments,
+    rules=_RULES,
     nullable=(*decoder.NULLABLE, "final_logit_softcapping", "attn_logit_softcapping"),
-    choices={"hidden_activation": ACTIVATIONS},
+    choices={"hidden_activation": HF_ACTIVATIONS},
     ignored=decoder.IGNORED
     | {
         "hidden_activation, as Gemma names it": ("hidden_act",),

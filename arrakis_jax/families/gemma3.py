@@ -8,21 +8,20 @@ from typing import Any
 
 from arrakis_jax.core.errors import expected
 from arrakis_jax.families import decoder, gemma2, rope
-from arrakis_jax.families.base import ACTIVATIONS
+from arrakis_jax.families.base import HF_ACTIVATIONS
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     full, local = _ropes(hf)
     pattern = decoder.positive(hf, "sliding_window_pattern")
     windows = decoder.windows(hf, lambda layer: (layer + 1) % pattern != 0)
     if windows:
-        turned = rope.rope(local)
+        turned = rope.rope_arguments(local)
         windows["window_rope_theta"] = turned["rope_theta"]
         windows["window_rope_scaling"] = turned["rope_scaling"]
-    return gemma2.common(full) | windows | {"qk_norm": "head"}
+    return gemma2.shared_arguments(full) | windows | {"qk_norm": "head"}
 
 
 def _ropes(hf: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -33,22 +32,22 @@ def _ropes(hf: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     given = hf["rope_parameters"] or {}
     right = all(isinstance(kind, dict | None) for kind in given.values())
-    if not right or given.keys() - {FULL, SLIDING}:
-        must = f"dicts under {FULL!r} and {SLIDING!r}"
+    if not right or given.keys() - {_FULL, _SLIDING}:
+        must = f"dicts under {_FULL!r} and {_SLIDING!r}"
         raise ValueError(expected("rope_parameters", must, given, "give one to each"))
-    full = (given.get(FULL) or {"rope_type": "default"}) | (hf["rope_scaling"] or {})
-    local = {"rope_parameters": given.get(SLIDING), "rope_theta": hf["rope_local_base_freq"]}
+    full = (given.get(_FULL) or {"rope_type": "default"}) | (hf["rope_scaling"] or {})
+    local = {"rope_parameters": given.get(_SLIDING), "rope_theta": hf["rope_local_base_freq"]}
     return (
         hf | {"rope_scaling": None, "rope_parameters": full},
         hf | {"rope_scaling": None} | local,
     )
 
 
-FAMILY = decoder.Decoder(
+GEMMA3 = decoder.Decoder(
     name="gemma3",
     aliases=("gemma3_text",),
     nested="text_config",
-    defaults=gemma2.DEFAULTS
+    defaults=gemma2.SHARED_DEFAULTS
     | {
         "vocab_size": 262208,
         "max_position_embeddings": 131072,
@@ -57,10 +56,10 @@ FAMILY = decoder.Decoder(
         "sliding_window_pattern": 6,
         "final_logit_softcapping": None,
     },
-    build=build,
-    rules=(*gemma2.RULES, *decoder.QK_NORMS),
+    build=_arguments,
+    rules=(*gemma2.GEMMA2.rules, *decoder.QK_NORM_RULES),
     types=decoder.TYPES | {"final_logit_softcapping": float},
-    choices={"hidden_activation": ACTIVATIONS},
+    choices={"hidden_activation": HF_ACTIVATIONS},
     spelled={
         r"^language_model\.lm_head\.": "lm_head.",
         r"^(model\.)?language_model\.(model\.)?": "model.",

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from arrakis_jax.families.base import ACTIVATIONS, Family, per_head, rule
+from arrakis_jax.families.base import HF_ACTIVATIONS, Family, norm_rules, per_head, rule
 
-DEFAULTS = {
+_DEFAULTS = {
     "vocab_size": 50257,
     "n_positions": 1024,
     "n_embd": 768,
@@ -19,8 +19,7 @@ DEFAULTS = {
 }
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     width = hf["n_embd"]
     return {
         "n_layers": hf["n_layer"],
@@ -45,35 +44,32 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 # Conv1D stores [in, out]: nothing is transposed but the unembedding.
-RULES = (
+_RULES = (
     rule("transformer.wte.weight", "V D -> V D", "w_e"),
     rule("transformer.wpe.weight", "N D -> N D", "w_pos"),
-    rule("transformer.h.{l}.ln_1.weight", "D -> D", "blocks.norm_attn.w"),
-    rule("transformer.h.{l}.ln_1.bias", "D -> D", "blocks.norm_attn.b"),
+    *norm_rules("transformer.h.{l}.ln_1", "blocks.norm_attn"),
     rule("transformer.h.{l}.attn.c_attn.weight", "D (part H K) -> part D H K",
          "blocks.attn.w_q", "blocks.attn.w_k", "blocks.attn.w_v"),
     rule("transformer.h.{l}.attn.c_attn.bias", "(part H K) -> part H K",
          "blocks.attn.b_q", "blocks.attn.b_k", "blocks.attn.b_v"),
     rule("transformer.h.{l}.attn.c_proj.weight", "(H K) D -> H K D", "blocks.attn.w_o"),
     rule("transformer.h.{l}.attn.c_proj.bias", "D -> D", "blocks.attn.b_o"),
-    rule("transformer.h.{l}.ln_2.weight", "D -> D", "blocks.norm_mlp.w"),
-    rule("transformer.h.{l}.ln_2.bias", "D -> D", "blocks.norm_mlp.b"),
+    *norm_rules("transformer.h.{l}.ln_2", "blocks.norm_mlp"),
     rule("transformer.h.{l}.mlp.c_fc.weight", "D F -> D F", "blocks.mlp.w_in"),
     rule("transformer.h.{l}.mlp.c_fc.bias", "F -> F", "blocks.mlp.b_in"),
     rule("transformer.h.{l}.mlp.c_proj.weight", "F D -> F D", "blocks.mlp.w_out"),
     rule("transformer.h.{l}.mlp.c_proj.bias", "D -> D", "blocks.mlp.b_out"),
-    rule("transformer.ln_f.weight", "D -> D", "norm_final.w"),
-    rule("transformer.ln_f.bias", "D -> D", "norm_final.b"),
+    *norm_rules("transformer.ln_f", "norm_final"),
     rule("lm_head.weight", "V D -> D V", "w_u"),
 )  # fmt: skip
 
-FAMILY = Family(
+GPT2 = Family(
     name="gpt2",
-    defaults=DEFAULTS,
+    defaults=_DEFAULTS,
     types={"n_inner": int},
-    choices={"activation_function": ACTIVATIONS},
-    build=build,
-    rules=RULES,
+    choices={"activation_function": HF_ACTIVATIONS},
+    build=_arguments,
+    rules=_RULES,
     prefix="transformer.",
     buffers=(r".*\.attn\.(bias|masked_bias)",),
     renamed={

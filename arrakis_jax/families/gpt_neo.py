@@ -3,9 +3,9 @@
 from typing import Any
 
 from arrakis_jax.core.errors import expected
-from arrakis_jax.families.base import ACTIVATIONS, Family, per_head, rule
+from arrakis_jax.families.base import HF_ACTIVATIONS, Family, norm_rules, per_head, rule
 
-DEFAULTS = {
+_DEFAULTS = {
     "vocab_size": 50257,
     "max_position_embeddings": 2048,
     "hidden_size": 2048,
@@ -19,11 +19,10 @@ DEFAULTS = {
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True,
 }
-KINDS = ("global", "local")
+_KINDS = ("global", "local")
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     width, inner = hf["hidden_size"], hf["intermediate_size"]
     local = tuple(kind == "local" for kind in _kinds(hf))
     return {
@@ -59,41 +58,38 @@ def _kinds(hf: dict[str, Any]) -> list[str]:
                 layers = [kind for kinds, times in runs for _ in range(times) for kind in kinds]
         except (TypeError, ValueError):
             pass
-    if len(layers) != hf["num_layers"] or not all(kind in KINDS for kind in layers):
+    if len(layers) != hf["num_layers"] or not all(kind in _KINDS for kind in layers):
         name = "attention_types" if hf["attention_layers"] is None else "attention_layers"
         must = f"'global' or 'local' for each of {hf['num_layers']} layers"
         raise ValueError(expected(name, must, layers, "give as many as num_layers"))
     return layers
 
 
-RULES = (
+_RULES = (
     rule("transformer.wte.weight", "V D -> V D", "w_e"),
     rule("transformer.wpe.weight", "N D -> N D", "w_pos"),
-    rule("transformer.h.{l}.ln_1.weight", "D -> D", "blocks.norm_attn.w"),
-    rule("transformer.h.{l}.ln_1.bias", "D -> D", "blocks.norm_attn.b"),
+    *norm_rules("transformer.h.{l}.ln_1", "blocks.norm_attn"),
     rule("transformer.h.{l}.attn.attention.q_proj.weight", "(H K) D -> D H K", "blocks.attn.w_q"),
     rule("transformer.h.{l}.attn.attention.k_proj.weight", "(G K) D -> D G K", "blocks.attn.w_k"),
     rule("transformer.h.{l}.attn.attention.v_proj.weight", "(G K) D -> D G K", "blocks.attn.w_v"),
     rule("transformer.h.{l}.attn.attention.out_proj.weight", "D (H K) -> H K D", "blocks.attn.w_o"),
     rule("transformer.h.{l}.attn.attention.out_proj.bias", "D -> D", "blocks.attn.b_o"),
-    rule("transformer.h.{l}.ln_2.weight", "D -> D", "blocks.norm_mlp.w"),
-    rule("transformer.h.{l}.ln_2.bias", "D -> D", "blocks.norm_mlp.b"),
+    *norm_rules("transformer.h.{l}.ln_2", "blocks.norm_mlp"),
     rule("transformer.h.{l}.mlp.c_fc.weight", "F D -> D F", "blocks.mlp.w_in"),
     rule("transformer.h.{l}.mlp.c_fc.bias", "F -> F", "blocks.mlp.b_in"),
     rule("transformer.h.{l}.mlp.c_proj.weight", "D F -> F D", "blocks.mlp.w_out"),
     rule("transformer.h.{l}.mlp.c_proj.bias", "D -> D", "blocks.mlp.b_out"),
-    rule("transformer.ln_f.weight", "D -> D", "norm_final.w"),
-    rule("transformer.ln_f.bias", "D -> D", "norm_final.b"),
+    *norm_rules("transformer.ln_f", "norm_final"),
     rule("lm_head.weight", "V D -> D V", "w_u"),
 )
 
-FAMILY = Family(
+GPT_NEO = Family(
     name="gpt_neo",
-    defaults=DEFAULTS,
+    defaults=_DEFAULTS,
     types={"attention_types": list, "attention_layers": list, "intermediate_size": int},
-    choices={"activation_function": ACTIVATIONS},
-    build=build,
-    rules=RULES,
+    choices={"activation_function": HF_ACTIVATIONS},
+    build=_arguments,
+    rules=_RULES,
     prefix="transformer.",
     buffers=(r".*\.attn\.attention\.(bias|masked_bias)",),
     renamed={"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"},

@@ -3,9 +3,9 @@
 from typing import Any
 
 from arrakis_jax.families import rope
-from arrakis_jax.families.base import ACTIVATIONS, Family, per_head, rule
+from arrakis_jax.families.base import HF_ACTIVATIONS, Family, norm_rules, per_head, rule
 
-DEFAULTS = {
+_DEFAULTS = {
     "vocab_size": 50432,
     "hidden_size": 6144,
     "num_hidden_layers": 44,
@@ -17,13 +17,12 @@ DEFAULTS = {
     "tie_word_embeddings": False,
     "use_parallel_residual": True,
     "attention_bias": True,
-    **rope.DEFAULTS,
+    **rope.ROTARY_DEFAULTS,
     "partial_rotary_factor": 0.25,
 }
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     width, n_heads = hf["hidden_size"], hf["num_attention_heads"]
     return {
         "n_layers": hf["num_hidden_layers"],
@@ -37,7 +36,7 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
         "norm_eps": hf["layer_norm_eps"],
         "positions": "rope",
         "max_positions": hf["max_position_embeddings"],
-        **rope.rope(hf),
+        **rope.rope_arguments(hf),
         "qkv_bias": hf["attention_bias"],
         "out_bias": hf["attention_bias"],
         "parallel": hf["use_parallel_residual"],
@@ -47,36 +46,33 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-LAYER = "gpt_neox.layers.{l}."
-RULES = (
+_LAYER = "gpt_neox.layers.{l}."
+_RULES = (
     rule("gpt_neox.embed_in.weight", "V D -> V D", "w_e"),
-    rule(LAYER + "input_layernorm.weight", "D -> D", "blocks.norm_attn.w"),
-    rule(LAYER + "input_layernorm.bias", "D -> D", "blocks.norm_attn.b"),
-    rule(LAYER + "attention.query_key_value.weight", "(H part K) D -> part D H K",
+    *norm_rules(_LAYER + "input_layernorm", "blocks.norm_attn"),
+    rule(_LAYER + "attention.query_key_value.weight", "(H part K) D -> part D H K",
          "blocks.attn.w_q", "blocks.attn.w_k", "blocks.attn.w_v"),
-    rule(LAYER + "attention.query_key_value.bias", "(H part K) -> part H K",
+    rule(_LAYER + "attention.query_key_value.bias", "(H part K) -> part H K",
          "blocks.attn.b_q", "blocks.attn.b_k", "blocks.attn.b_v"),
-    rule(LAYER + "attention.dense.weight", "D (H K) -> H K D", "blocks.attn.w_o"),
-    rule(LAYER + "attention.dense.bias", "D -> D", "blocks.attn.b_o"),
-    rule(LAYER + "post_attention_layernorm.weight", "D -> D", "blocks.norm_mlp.w"),
-    rule(LAYER + "post_attention_layernorm.bias", "D -> D", "blocks.norm_mlp.b"),
-    rule(LAYER + "mlp.dense_h_to_4h.weight", "F D -> D F", "blocks.mlp.w_in"),
-    rule(LAYER + "mlp.dense_h_to_4h.bias", "F -> F", "blocks.mlp.b_in"),
-    rule(LAYER + "mlp.dense_4h_to_h.weight", "D F -> F D", "blocks.mlp.w_out"),
-    rule(LAYER + "mlp.dense_4h_to_h.bias", "D -> D", "blocks.mlp.b_out"),
-    rule("gpt_neox.final_layer_norm.weight", "D -> D", "norm_final.w"),
-    rule("gpt_neox.final_layer_norm.bias", "D -> D", "norm_final.b"),
+    rule(_LAYER + "attention.dense.weight", "D (H K) -> H K D", "blocks.attn.w_o"),
+    rule(_LAYER + "attention.dense.bias", "D -> D", "blocks.attn.b_o"),
+    *norm_rules(_LAYER + "post_attention_layernorm", "blocks.norm_mlp"),
+    rule(_LAYER + "mlp.dense_h_to_4h.weight", "F D -> D F", "blocks.mlp.w_in"),
+    rule(_LAYER + "mlp.dense_h_to_4h.bias", "F -> F", "blocks.mlp.b_in"),
+    rule(_LAYER + "mlp.dense_4h_to_h.weight", "D F -> F D", "blocks.mlp.w_out"),
+    rule(_LAYER + "mlp.dense_4h_to_h.bias", "D -> D", "blocks.mlp.b_out"),
+    *norm_rules("gpt_neox.final_layer_norm", "norm_final"),
     rule("embed_out.weight", "V D -> D V", "w_u"),
     rule("lm_head.weight", "V D -> D V", "w_u"),
 )  # fmt: skip
 
-FAMILY = Family(
+GPT_NEOX = Family(
     name="gpt_neox",
-    defaults=DEFAULTS,
-    types=rope.TYPES,
-    choices={"hidden_act": ACTIVATIONS},
-    build=build,
-    rules=RULES,
+    defaults=_DEFAULTS,
+    types=rope.ROTARY_TYPES,
+    choices={"hidden_act": HF_ACTIVATIONS},
+    build=_arguments,
+    rules=_RULES,
     prefix="gpt_neox.",
     buffers=(r".*\.attention\.(bias|masked_bias)", r".*rotary_emb\.inv_freq"),
     renamed={"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"},

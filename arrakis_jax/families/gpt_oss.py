@@ -6,7 +6,7 @@ from arrakis_jax.core.errors import expected
 from arrakis_jax.families import decoder
 from arrakis_jax.families.base import rule
 
-YARN = {
+_YARN = {
     "rope_type": "yarn",
     "factor": 32.0,
     "beta_fast": 32.0,
@@ -16,15 +16,14 @@ YARN = {
 }
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     packed = hf["quantization_config"]
     if packed is not None and packed.get("quant_method") != "mxfp4":
         must, do = "absent, or of quant_method 'mxfp4'", "convert the weights to bfloat16"
         raise ValueError(expected("quantization_config", must, packed, do))
-    turns = YARN if hf["rope_parameters"] is None else hf["rope_parameters"]
+    turns = _YARN if hf["rope_parameters"] is None else hf["rope_parameters"]
     return {
-        **decoder.build(hf | {"rope_parameters": turns, "hidden_act": "quick_gelu"}),
+        **decoder.llama_arguments(hf | {"rope_parameters": turns, "hidden_act": "quick_gelu"}),
         **decoder.windows(hf, lambda layer: layer % 2 == 0),
         "sinks": True,
         "mlp_bias": True,
@@ -40,23 +39,23 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 # Nothing of the experts is transposed, and gate and up take turns in their columns.
-MOE = decoder.LAYER + "mlp."
-RULES = (
-    *decoder.ENDS,
-    *decoder.ATTENTION,
-    *decoder.NORMS,
+_MOE = decoder.LAYER + "mlp."
+_RULES = (
+    *decoder.END_RULES,
+    *decoder.ATTENTION_RULES,
+    *decoder.NORM_RULES,
     rule(decoder.LAYER + "self_attn.sinks", "H -> H", "blocks.attn.sinks"),
-    rule(MOE + "router.weight", "E D -> D E", "blocks.moe.w_router"),
-    rule(MOE + "router.bias", "E -> E", "blocks.moe.b_router"),
-    rule(MOE + "experts.gate_up_proj", "E D (J part) -> part E D J",
+    rule(_MOE + "router.weight", "E D -> D E", "blocks.moe.w_router"),
+    rule(_MOE + "router.bias", "E -> E", "blocks.moe.b_router"),
+    rule(_MOE + "experts.gate_up_proj", "E D (J part) -> part E D J",
          "blocks.moe.w_gate", "blocks.moe.w_in"),
-    rule(MOE + "experts.gate_up_proj_bias", "E (J part) -> part E J",
+    rule(_MOE + "experts.gate_up_proj_bias", "E (J part) -> part E J",
          "blocks.moe.b_gate", "blocks.moe.b_in"),
-    rule(MOE + "experts.down_proj", "E J D -> E J D", "blocks.moe.w_out"),
-    rule(MOE + "experts.down_proj_bias", "E D -> E D", "blocks.moe.b_out"),
+    rule(_MOE + "experts.down_proj", "E J D -> E J D", "blocks.moe.w_out"),
+    rule(_MOE + "experts.down_proj_bias", "E D -> E D", "blocks.moe.b_out"),
 )  # fmt: skip
 
-FAMILY = decoder.Decoder(
+GPT_OSS = decoder.Decoder(
     name="gpt_oss",
     defaults=decoder.DEFAULTS
     | {
@@ -78,8 +77,8 @@ FAMILY = decoder.Decoder(
         "swiglu_limit": 7.0,
         "quantization_config": None,
     },
-    build=build,
-    rules=RULES,
+    build=_arguments,
+    rules=_RULES,
     types=decoder.TYPES | {"quantization_config": dict},
     choices={},
     renamed={"num_experts": "num_local_experts"},

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from arrakis_jax.families.base import ACTIVATIONS, Family, per_head, rule
+from arrakis_jax.families.base import HF_ACTIVATIONS, Family, norm_rules, per_head, rule
 
-DEFAULTS = {
+_DEFAULTS = {
     "vocab_size": 50400,
     "n_positions": 2048,
     "n_embd": 4096,
@@ -18,8 +18,7 @@ DEFAULTS = {
 }
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     width = hf["n_embd"]
     return {
         "n_layers": hf["n_layer"],
@@ -45,10 +44,9 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-RULES = (
+_RULES = (
     rule("transformer.wte.weight", "V D -> V D", "w_e"),
-    rule("transformer.h.{l}.ln_1.weight", "D -> D", "blocks.norm_attn.w"),
-    rule("transformer.h.{l}.ln_1.bias", "D -> D", "blocks.norm_attn.b"),
+    *norm_rules("transformer.h.{l}.ln_1", "blocks.norm_attn"),
     rule("transformer.h.{l}.attn.q_proj.weight", "(H K) D -> D H K", "blocks.attn.w_q"),
     rule("transformer.h.{l}.attn.k_proj.weight", "(G K) D -> D G K", "blocks.attn.w_k"),
     rule("transformer.h.{l}.attn.v_proj.weight", "(G K) D -> D G K", "blocks.attn.w_v"),
@@ -57,19 +55,18 @@ RULES = (
     rule("transformer.h.{l}.mlp.fc_in.bias", "F -> F", "blocks.mlp.b_in"),
     rule("transformer.h.{l}.mlp.fc_out.weight", "D F -> F D", "blocks.mlp.w_out"),
     rule("transformer.h.{l}.mlp.fc_out.bias", "D -> D", "blocks.mlp.b_out"),
-    rule("transformer.ln_f.weight", "D -> D", "norm_final.w"),
-    rule("transformer.ln_f.bias", "D -> D", "norm_final.b"),
+    *norm_rules("transformer.ln_f", "norm_final"),
     rule("lm_head.weight", "V D -> D V", "w_u"),
     rule("lm_head.bias", "V -> V", "b_u"),
 )
 
-FAMILY = Family(
+GPTJ = Family(
     name="gptj",
-    defaults=DEFAULTS,
+    defaults=_DEFAULTS,
     types={"n_inner": int},
-    choices={"activation_function": ACTIVATIONS},
-    build=build,
-    rules=RULES,
+    choices={"activation_function": HF_ACTIVATIONS},
+    build=_arguments,
+    rules=_RULES,
     prefix="transformer.",
     buffers=(r".*\.attn\.(bias|masked_bias)",),
     renamed={

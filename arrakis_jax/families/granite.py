@@ -5,9 +5,8 @@ from typing import Any
 from arrakis_jax.families import decoder
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
-    return decoder.build(hf) | {
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
+    return decoder.llama_arguments(hf) | {
         "embed_scale": float(hf["embedding_multiplier"]),
         "attention_scale": float(hf["attention_multiplier"]),
         "residual_scale": float(hf["residual_multiplier"]),
@@ -15,7 +14,7 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-FAMILY = decoder.Decoder(
+GRANITE = decoder.Decoder(
     name="granite",
     defaults=decoder.DEFAULTS
     | {
@@ -28,5 +27,5 @@ FAMILY = decoder.Decoder(
         "residual_multiplier": 1.0,
         "attention_multiplier": 1.0,
     },
-    build=build,
+    build=_arguments,
 )

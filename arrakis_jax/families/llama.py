@@ -2,7 +2,7 @@
 
 from arrakis_jax.families import decoder
 
-FAMILY = decoder.Decoder(
+LLAMA = decoder.Decoder(
     name="llama",
     defaults=decoder.DEFAULTS
     | {"hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False, "mlp_bias": False},

@@ -5,12 +5,11 @@ from typing import Any
 from arrakis_jax.families import decoder
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
-    return decoder.build(hf) | {"window": hf["sliding_window"]}
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
+    return decoder.llama_arguments(hf) | {"window": hf["sliding_window"]}
 
 
-FAMILY = decoder.Decoder(
+MISTRAL = decoder.Decoder(
     name="mistral",
     defaults=decoder.DEFAULTS
     | {
@@ -21,5 +20,5 @@ FAMILY = decoder.Decoder(
         "rms_norm_eps": 1e-6,
         "sliding_window": 4096,
     },
-    build=build,
+    build=_arguments,
 )

@@ -6,9 +6,8 @@ from arrakis_jax.families import decoder
 from arrakis_jax.families.base import rule
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
-    return decoder.build(hf) | {
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
+    return decoder.llama_arguments(hf) | {
         "window": hf["sliding_window"],
         "d_mlp": 0,
         "n_experts": hf["num_local_experts"],
@@ -18,19 +17,19 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-MOE = decoder.LAYER + "block_sparse_moe."
-RULES = (
-    *decoder.ENDS,
-    *decoder.ATTENTION,
-    *decoder.NORMS,
-    rule(MOE + "gate.weight", "E D -> D E", "blocks.moe.w_router"),
-    rule(MOE + "experts.{E}.w1.weight", "J D -> D J", "blocks.moe.w_gate"),
-    rule(MOE + "experts.{E}.w3.weight", "J D -> D J", "blocks.moe.w_in"),
-    rule(MOE + "experts.{E}.w2.weight", "D J -> J D", "blocks.moe.w_out"),
-    *decoder.EXPERTS,
+_MOE = decoder.LAYER + "block_sparse_moe."
+_RULES = (
+    *decoder.END_RULES,
+    *decoder.ATTENTION_RULES,
+    *decoder.NORM_RULES,
+    rule(_MOE + "gate.weight", "E D -> D E", "blocks.moe.w_router"),
+    rule(_MOE + "experts.{E}.w1.weight", "J D -> D J", "blocks.moe.w_gate"),
+    rule(_MOE + "experts.{E}.w3.weight", "J D -> D J", "blocks.moe.w_in"),
+    rule(_MOE + "experts.{E}.w2.weight", "D J -> J D", "blocks.moe.w_out"),
+    *decoder.EXPERT_RULES,
 )
 
-FAMILY = decoder.Decoder(
+MIXTRAL = decoder.Decoder(
     name="mixtral",
     defaults=decoder.DEFAULTS
     | {
@@ -44,8 +43,8 @@ FAMILY = decoder.Decoder(
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
-    build=build,
-    rules=RULES,
+    build=_arguments,
+    rules=_RULES,
     renamed={"num_experts": "num_local_experts"},
     ignored=decoder.IGNORED_OF_EXPERTS,
 )

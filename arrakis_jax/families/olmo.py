@@ -5,9 +5,8 @@ from typing import Any
 from arrakis_jax.families import decoder
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
-    return decoder.build(hf | {"rms_norm_eps": 1e-5}) | {
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
+    return decoder.llama_arguments(hf | {"rms_norm_eps": 1e-5}) | {
         "norm": "layernorm",
         "norm_gain": False,
         "norm_bias": False,
@@ -15,11 +14,11 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-FAMILY = decoder.Decoder(
+OLMO = decoder.Decoder(
     name="olmo",
     defaults=decoder.DEFAULTS
     | {"vocab_size": 50304, "hidden_act": "silu", "attention_bias": False, "clip_qkv": None},
-    build=build,
-    rules=(*decoder.ENDS, *decoder.ATTENTION, *decoder.MLP),
+    build=_arguments,
+    rules=(*decoder.END_RULES, *decoder.ATTENTION_RULES, *decoder.MLP_RULES),
     types=decoder.TYPES | {"clip_qkv": float},
 )

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from arrakis_jax.families.base import ACTIVATIONS, Family, per_head, rule
+from arrakis_jax.families.base import HF_ACTIVATIONS, Family, norm_rules, per_head, rule
 
-DEFAULTS = {
+_DEFAULTS = {
     "vocab_size": 50272,
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -21,8 +21,7 @@ DEFAULTS = {
 }
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     width, n_heads = hf["hidden_size"], hf["num_attention_heads"]
     before, narrow = hf["do_layer_norm_before"], hf["word_embed_proj_dim"]
     return {
@@ -52,40 +51,37 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 # A layer's `final_layer_norm` is the norm of its MLP.
-LAYER = "model.decoder.layers.{l}."
-RULES = (
+_LAYER = "model.decoder.layers.{l}."
+_RULES = (
     rule("model.decoder.embed_tokens.weight", "V M -> V M", "w_e"),
     rule("model.decoder.embed_positions.weight", "N D -> N D", "w_pos"),
     rule("model.decoder.project_in.weight", "D M -> M D", "w_project_in"),
-    rule(LAYER + "self_attn_layer_norm.weight", "D -> D", "blocks.norm_attn.w"),
-    rule(LAYER + "self_attn_layer_norm.bias", "D -> D", "blocks.norm_attn.b"),
-    rule(LAYER + "self_attn.q_proj.weight", "(H K) D -> D H K", "blocks.attn.w_q"),
-    rule(LAYER + "self_attn.k_proj.weight", "(G K) D -> D G K", "blocks.attn.w_k"),
-    rule(LAYER + "self_attn.v_proj.weight", "(G K) D -> D G K", "blocks.attn.w_v"),
-    rule(LAYER + "self_attn.out_proj.weight", "D (H K) -> H K D", "blocks.attn.w_o"),
-    rule(LAYER + "self_attn.q_proj.bias", "(H K) -> H K", "blocks.attn.b_q"),
-    rule(LAYER + "self_attn.k_proj.bias", "(G K) -> G K", "blocks.attn.b_k"),
-    rule(LAYER + "self_attn.v_proj.bias", "(G K) -> G K", "blocks.attn.b_v"),
-    rule(LAYER + "self_attn.out_proj.bias", "D -> D", "blocks.attn.b_o"),
-    rule(LAYER + "final_layer_norm.weight", "D -> D", "blocks.norm_mlp.w"),
-    rule(LAYER + "final_layer_norm.bias", "D -> D", "blocks.norm_mlp.b"),
-    rule(LAYER + "fc1.weight", "F D -> D F", "blocks.mlp.w_in"),
-    rule(LAYER + "fc1.bias", "F -> F", "blocks.mlp.b_in"),
-    rule(LAYER + "fc2.weight", "D F -> F D", "blocks.mlp.w_out"),
-    rule(LAYER + "fc2.bias", "D -> D", "blocks.mlp.b_out"),
-    rule("model.decoder.final_layer_norm.weight", "D -> D", "norm_final.w"),
-    rule("model.decoder.final_layer_norm.bias", "D -> D", "norm_final.b"),
+    *norm_rules(_LAYER + "self_attn_layer_norm", "blocks.norm_attn"),
+    rule(_LAYER + "self_attn.q_proj.weight", "(H K) D -> D H K", "blocks.attn.w_q"),
+    rule(_LAYER + "self_attn.k_proj.weight", "(G K) D -> D G K", "blocks.attn.w_k"),
+    rule(_LAYER + "self_attn.v_proj.weight", "(G K) D -> D G K", "blocks.attn.w_v"),
+    rule(_LAYER + "self_attn.out_proj.weight", "D (H K) -> H K D", "blocks.attn.w_o"),
+    rule(_LAYER + "self_attn.q_proj.bias", "(H K) -> H K", "blocks.attn.b_q"),
+    rule(_LAYER + "self_attn.k_proj.bias", "(G K) -> G K", "blocks.attn.b_k"),
+    rule(_LAYER + "self_attn.v_proj.bias", "(G K) -> G K", "blocks.attn.b_v"),
+    rule(_LAYER + "self_attn.out_proj.bias", "D -> D", "blocks.attn.b_o"),
+    *norm_rules(_LAYER + "final_layer_norm", "blocks.norm_mlp"),
+    rule(_LAYER + "fc1.weight", "F D -> D F", "blocks.mlp.w_in"),
+    rule(_LAYER + "fc1.bias", "F -> F", "blocks.mlp.b_in"),
+    rule(_LAYER + "fc2.weight", "D F -> F D", "blocks.mlp.w_out"),
+    rule(_LAYER + "fc2.bias", "D -> D", "blocks.mlp.b_out"),
+    *norm_rules("model.decoder.final_layer_norm", "norm_final"),
     rule("model.decoder.project_out.weight", "M D -> D M", "w_project_out"),
     rule("lm_head.weight", "V M -> M V", "w_u"),
 )
 
-FAMILY = Family(
+OPT = Family(
     name="opt",
-    defaults=DEFAULTS,
+    defaults=_DEFAULTS,
     types={"word_embed_proj_dim": int},
-    choices={"activation_function": ACTIVATIONS},
-    build=build,
-    rules=RULES,
+    choices={"activation_function": HF_ACTIVATIONS},
+    build=_arguments,
+    rules=_RULES,
     prefix="model.",
     ignored={
         "training": (

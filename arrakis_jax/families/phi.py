@@ -3,13 +3,12 @@
 from typing import Any
 
 from arrakis_jax.families import decoder
-from arrakis_jax.families.base import rule
+from arrakis_jax.families.base import norm_rules, rule
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     llama = hf | {"rms_norm_eps": hf["layer_norm_eps"], "attention_bias": True, "mlp_bias": True}
-    return decoder.build(llama) | {
+    return decoder.llama_arguments(llama) | {
         "norm": "layernorm",
         "qk_norm": "head" if hf["qk_layernorm"] else None,
         "qk_norm_bias": hf["qk_layernorm"],
@@ -20,29 +19,27 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-LAYER = decoder.LAYER
-RULES = (
+_LAYER = decoder.LAYER
+_RULES = (
     rule("model.embed_tokens.weight", "V D -> V D", "w_e"),
-    rule(LAYER + "input_layernorm.weight", "D -> D", "blocks.norm_attn.w"),
-    rule(LAYER + "input_layernorm.bias", "D -> D", "blocks.norm_attn.b"),
-    *decoder.QKV,
-    rule(LAYER + "self_attn.dense.weight", "D (H K) -> H K D", "blocks.attn.w_o"),
-    rule(LAYER + "self_attn.dense.bias", "D -> D", "blocks.attn.b_o"),
-    rule(LAYER + "self_attn.q_layernorm.weight", "K -> K", "blocks.attn.norm_q.w"),
-    rule(LAYER + "self_attn.q_layernorm.bias", "K -> K", "blocks.attn.norm_q.b"),
-    rule(LAYER + "self_attn.k_layernorm.weight", "K -> K", "blocks.attn.norm_k.w"),
-    rule(LAYER + "self_attn.k_layernorm.bias", "K -> K", "blocks.attn.norm_k.b"),
-    rule(LAYER + "mlp.fc1.weight", "F D -> D F", "blocks.mlp.w_in"),
-    rule(LAYER + "mlp.fc1.bias", "F -> F", "blocks.mlp.b_in"),
-    rule(LAYER + "mlp.fc2.weight", "D F -> F D", "blocks.mlp.w_out"),
-    rule(LAYER + "mlp.fc2.bias", "D -> D", "blocks.mlp.b_out"),
-    rule("model.final_layernorm.weight", "D -> D", "norm_final.w"),
-    rule("model.final_layernorm.bias", "D -> D", "norm_final.b"),
+    *norm_rules(_LAYER + "input_layernorm", "blocks.norm_attn"),
+    *decoder.QKV_RULES,
+    rule(_LAYER + "self_attn.dense.weight", "D (H K) -> H K D", "blocks.attn.w_o"),
+    rule(_LAYER + "self_attn.dense.bias", "D -> D", "blocks.attn.b_o"),
+    rule(_LAYER + "self_attn.q_layernorm.weight", "K -> K", "blocks.attn.norm_q.w"),
+    rule(_LAYER + "self_attn.q_layernorm.bias", "K -> K", "blocks.attn.norm_q.b"),
+    rule(_LAYER + "self_attn.k_layernorm.weight", "K -> K", "blocks.attn.norm_k.w"),
+    rule(_LAYER + "self_attn.k_layernorm.bias", "K -> K", "blocks.attn.norm_k.b"),
+    rule(_LAYER + "mlp.fc1.weight", "F D -> D F", "blocks.mlp.w_in"),
+    rule(_LAYER + "mlp.fc1.bias", "F -> F", "blocks.mlp.b_in"),
+    rule(_LAYER + "mlp.fc2.weight", "D F -> F D", "blocks.mlp.w_out"),
+    rule(_LAYER + "mlp.fc2.bias", "D -> D", "blocks.mlp.b_out"),
+    *norm_rules("model.final_layernorm", "norm_final"),
     rule("lm_head.weight", "V D -> D V", "w_u"),
     rule("lm_head.bias", "V -> V", "b_u"),
 )
 
-FAMILY = decoder.Decoder(
+PHI = decoder.Decoder(
     name="phi",
     defaults=decoder.DEFAULTS
     | {
@@ -56,8 +53,8 @@ FAMILY = decoder.Decoder(
         "qk_layernorm": False,
         "partial_rotary_factor": 0.5,
     },
-    build=build,
-    rules=RULES,
+    build=_arguments,
+    rules=_RULES,
     ignored={"training": ("resid_pdrop", "embd_pdrop", "attention_dropout")},
     only={},
 )

@@ -6,14 +6,13 @@ from arrakis_jax.families import decoder
 from arrakis_jax.families.base import rule
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
-    return decoder.build(hf) | {"window": hf["sliding_window"]}
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
+    return decoder.llama_arguments(hf) | {"window": hf["sliding_window"]}
 
 
-RULES = (
-    *decoder.ENDS,
-    *decoder.NORMS,
+_RULES = (
+    *decoder.END_RULES,
+    *decoder.NORM_RULES,
     rule(decoder.LAYER + "self_attn.qkv_proj.weight", "(part K) D -> D part K",
          "blocks.attn.w_q", "blocks.attn.w_k", "blocks.attn.w_v", sizes=("H", "G", "G")),
     rule(decoder.LAYER + "self_attn.o_proj.weight", "D (H K) -> H K D", "blocks.attn.w_o"),
@@ -22,7 +21,7 @@ RULES = (
     rule(decoder.LAYER + "mlp.down_proj.weight", "D F -> F D", "blocks.mlp.w_out"),
 )  # fmt: skip
 
-FAMILY = decoder.Decoder(
+PHI3 = decoder.Decoder(
     name="phi3",
     defaults=decoder.DEFAULTS
     | {
@@ -36,8 +35,8 @@ FAMILY = decoder.Decoder(
         "rms_norm_eps": 1e-5,
         "sliding_window": None,
     },
-    build=build,
-    rules=RULES,
+    build=_arguments,
+    rules=_RULES,
     ignored=decoder.IGNORED | {"training": ("attention_dropout", "embd_pdrop", "resid_pdrop")},
     only={
         "attention_bias": (False,),

@@ -5,12 +5,11 @@ from typing import Any
 from arrakis_jax.families import decoder
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
-    return decoder.build(hf) | windows(hf) | {"qkv_bias": True}
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
+    return decoder.llama_arguments(hf) | late_windows(hf) | {"qkv_bias": True}
 
 
-def windows(hf: dict[str, Any]) -> dict[str, Any]:
+def late_windows(hf: dict[str, Any]) -> dict[str, Any]:
     """`window` and `window_layers`: if windows are used, from layer `max_window_layers` on."""
     width = hf["sliding_window"] if hf["use_sliding_window"] else None
     return decoder.windows(
@@ -19,7 +18,7 @@ def windows(hf: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-DEFAULTS = decoder.DEFAULTS | {
+_DEFAULTS = decoder.DEFAULTS | {
     "vocab_size": 151936,
     "intermediate_size": 22016,
     "num_key_value_heads": 32,
@@ -32,9 +31,9 @@ DEFAULTS = decoder.DEFAULTS | {
     "layer_types": None,
 }
 
-FAMILY = decoder.Decoder(
+QWEN2 = decoder.Decoder(
     name="qwen2",
-    defaults=DEFAULTS,
-    build=build,
+    defaults=_DEFAULTS,
+    build=_arguments,
     only=decoder.ONLY | {"use_mrope": (False,)},
 )

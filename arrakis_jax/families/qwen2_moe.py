@@ -7,9 +7,8 @@ from arrakis_jax.families import decoder
 from arrakis_jax.families.base import rule
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
-    experts = moe(hf)
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
+    experts = expert_arguments(hf)
     if "n_experts" in experts:
         experts["d_shared_expert"] = hf["shared_expert_intermediate_size"]
     # Unlike in Qwen 2: every other one of the first layers.
@@ -18,10 +17,10 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
         hf | {"sliding_window": hf["sliding_window"] if used else None},
         lambda layer: used and layer % 2 == 0 and layer < hf["max_window_layers"],
     )
-    return decoder.build(hf) | windows | experts | {"qkv_bias": hf["qkv_bias"]}
+    return decoder.llama_arguments(hf) | windows | experts | {"qkv_bias": hf["qkv_bias"]}
 
 
-def moe(hf: dict[str, Any]) -> dict[str, Any]:
+def expert_arguments(hf: dict[str, Any]) -> dict[str, Any]:
     """What decides over MLPs and experts: every `decoder_sparse_step`-th layer has experts."""
     step, dense = decoder.positive(hf, "decoder_sparse_step"), hf["mlp_only_layers"] or ()
     n_layers = hf["num_hidden_layers"]
@@ -46,22 +45,22 @@ def moe(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-MOE = decoder.LAYER + "mlp."
-EXPERTS = (
-    rule(MOE + "experts.{E}.gate_proj.weight", "J D -> D J", "blocks.moe.w_gate"),
-    rule(MOE + "experts.{E}.up_proj.weight", "J D -> D J", "blocks.moe.w_in"),
-    rule(MOE + "experts.{E}.down_proj.weight", "D J -> J D", "blocks.moe.w_out"),
-    *decoder.EXPERTS,
+_MOE = decoder.LAYER + "mlp."
+QWEN_EXPERT_RULES = (
+    rule(_MOE + "experts.{E}.gate_proj.weight", "J D -> D J", "blocks.moe.w_gate"),
+    rule(_MOE + "experts.{E}.up_proj.weight", "J D -> D J", "blocks.moe.w_in"),
+    rule(_MOE + "experts.{E}.down_proj.weight", "D J -> J D", "blocks.moe.w_out"),
+    *decoder.EXPERT_RULES,
 )
-SHARED_EXPERT = (
-    rule(MOE + "shared_expert.gate_proj.weight", "U D -> D U", "blocks.moe.shared.w_gate"),
-    rule(MOE + "shared_expert.up_proj.weight", "U D -> D U", "blocks.moe.shared.w_in"),
-    rule(MOE + "shared_expert.down_proj.weight", "D U -> U D", "blocks.moe.shared.w_out"),
-    rule(MOE + "shared_expert_gate.weight", "() D -> D", "blocks.moe.w_shared_gate"),
+_SHARED_EXPERT = (
+    rule(_MOE + "shared_expert.gate_proj.weight", "U D -> D U", "blocks.moe.shared.w_gate"),
+    rule(_MOE + "shared_expert.up_proj.weight", "U D -> D U", "blocks.moe.shared.w_in"),
+    rule(_MOE + "shared_expert.down_proj.weight", "D U -> U D", "blocks.moe.shared.w_out"),
+    rule(_MOE + "shared_expert_gate.weight", "() D -> D", "blocks.moe.w_shared_gate"),
 )
-TYPES = decoder.TYPES | {"mlp_only_layers": list}
+_TYPES = decoder.TYPES | {"mlp_only_layers": list}
 
-FAMILY = decoder.Decoder(
+QWEN2_MOE = decoder.Decoder(
     name="qwen2_moe",
     defaults=decoder.DEFAULTS
     | {
@@ -87,8 +86,8 @@ FAMILY = decoder.Decoder(
         "num_experts": 60,
         "norm_topk_prob": False,
     },
-    build=build,
-    rules=(*decoder.RULES, *EXPERTS, *SHARED_EXPERT),
-    types=TYPES,
+    build=_arguments,
+    rules=(*decoder.LLAMA_RULES, *QWEN_EXPERT_RULES, *_SHARED_EXPERT),
+    types=_TYPES,
     ignored=decoder.IGNORED_OF_EXPERTS,
 )

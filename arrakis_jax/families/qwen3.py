@@ -5,14 +5,13 @@ from typing import Any
 from arrakis_jax.families import decoder, qwen2
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
-    return decoder.build(hf) | qwen2.windows(hf) | {"qk_norm": "head"}
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
+    return decoder.llama_arguments(hf) | qwen2.late_windows(hf) | {"qk_norm": "head"}
 
 
-FAMILY = decoder.Decoder(
+QWEN3 = decoder.Decoder(
     name="qwen3",
-    defaults=qwen2.DEFAULTS | {"head_dim": 128, "attention_bias": False},
-    build=build,
-    rules=(*decoder.RULES, *decoder.QK_NORMS),
+    defaults={**qwen2.QWEN2.defaults, "head_dim": 128, "attention_bias": False},
+    build=_arguments,
+    rules=(*decoder.LLAMA_RULES, *decoder.QK_NORM_RULES),
 )

@@ -5,13 +5,16 @@ from typing import Any
 from arrakis_jax.families import decoder, qwen2_moe
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     window = hf["sliding_window"] if hf["use_sliding_window"] else None
-    return decoder.build(hf) | qwen2_moe.moe(hf) | {"window": window, "qk_norm": "head"}
+    return (
+        decoder.llama_arguments(hf)
+        | qwen2_moe.expert_arguments(hf)
+        | {"window": window, "qk_norm": "head"}
+    )
 
 
-FAMILY = decoder.Decoder(
+QWEN3_MOE = decoder.Decoder(
     name="qwen3_moe",
     defaults=decoder.DEFAULTS
     | {
@@ -33,9 +36,9 @@ FAMILY = decoder.Decoder(
         "num_experts": 128,
         "norm_topk_prob": False,
     },
-    build=build,
-    rules=(*decoder.RULES, *decoder.QK_NORMS, *qwen2_moe.EXPERTS),
-    types=qwen2_moe.TYPES,
+    build=_arguments,
+    rules=(*decoder.LLAMA_RULES, *decoder.QK_NORM_RULES, *qwen2_moe.QWEN_EXPERT_RULES),
+    types=qwen2_moe.QWEN2_MOE.types,
     renamed={"num_local_experts": "num_experts"},
     ignored=decoder.IGNORED_OF_EXPERTS | {"not read by the model": ("max_window_layers",)},
 )

@@ -6,8 +6,7 @@ from arrakis_jax.core.errors import expected
 from arrakis_jax.families import decoder
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     n_layers, given = hf["num_hidden_layers"], hf["no_rope_layers"]
     interval = decoder.positive(hf, "no_rope_layer_interval")
     # Despite its name, `no_rope_layers` is 1 where a layer has RoPE.
@@ -19,10 +18,10 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
     turned = tuple(map(bool, given[:n_layers]))
     slides = hf["use_sliding_window"] and hf["sliding_window"] is not None
     windows = decoder.windows(hf, lambda layer: slides and not turned[layer])
-    return decoder.build(hf) | windows | {"rope_layers": None if all(turned) else turned}
+    return decoder.llama_arguments(hf) | windows | {"rope_layers": None if all(turned) else turned}
 
 
-FAMILY = decoder.Decoder(
+SMOLLM3 = decoder.Decoder(
     name="smollm3",
     defaults=decoder.DEFAULTS
     | {
@@ -44,7 +43,7 @@ FAMILY = decoder.Decoder(
         "no_rope_layers": None,
         "no_rope_layer_interval": 4,
     },
-    build=build,
+    build=_arguments,
     types=decoder.TYPES | {"no_rope_layers": list},
     ignored=decoder.IGNORED | {"not read by the model": ("max_window_layers",)},
 )

@@ -6,9 +6,8 @@ from arrakis_jax.families import decoder
 from arrakis_jax.families.base import rule
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
-    return decoder.build(hf | {"rms_norm_eps": hf["layer_norm_eps"]}) | {
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
+    return decoder.llama_arguments(hf | {"rms_norm_eps": hf["layer_norm_eps"]}) | {
         "norm": "layernorm",
         "qk_norm": "each_head" if hf["qk_layernorm"] else None,
         "qkv_bias": hf["use_qkv_bias"],
@@ -17,15 +16,15 @@ def build(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-ATTENTION = decoder.LAYER + "self_attn."
-RULES = (
-    *decoder.RULES,
-    *decoder.NORM_BIASES,
-    rule(ATTENTION + "q_layernorm.norms.{H}.weight", "K -> K", "blocks.attn.norm_q.w"),
-    rule(ATTENTION + "k_layernorm.norms.{G}.weight", "K -> K", "blocks.attn.norm_k.w"),
+_ATTENTION = decoder.LAYER + "self_attn."
+_RULES = (
+    *decoder.LLAMA_RULES,
+    *decoder.NORM_BIAS_RULES,
+    rule(_ATTENTION + "q_layernorm.norms.{H}.weight", "K -> K", "blocks.attn.norm_q.w"),
+    rule(_ATTENTION + "k_layernorm.norms.{G}.weight", "K -> K", "blocks.attn.norm_k.w"),
 )
 
-FAMILY = decoder.Decoder(
+STABLELM = decoder.Decoder(
     name="stablelm",
     defaults=decoder.DEFAULTS
     | {
@@ -41,8 +40,8 @@ FAMILY = decoder.Decoder(
         "use_parallel_residual": False,
         "partial_rotary_factor": 0.25,
     },
-    build=build,
-    rules=RULES,
+    build=_arguments,
+    rules=_RULES,
     nullable=(),
     ignored={
         "training": ("attention_dropout", "hidden_dropout"),

@@ -6,29 +6,28 @@ from arrakis_jax.families import decoder
 from arrakis_jax.families.base import rule
 
 
-def build(hf: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ModelConfig."""
+def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     bias = hf["use_bias"]
     llama = hf | {"rms_norm_eps": hf["norm_epsilon"], "attention_bias": bias, "mlp_bias": bias}
-    return decoder.build(llama) | {
+    return decoder.llama_arguments(llama) | {
         "norm": "layernorm",
         "window": hf["sliding_window"],
         "gated": False,
     }
 
 
-RULES = (
-    *decoder.ENDS,
-    *decoder.ATTENTION,
-    *decoder.NORMS,
-    *decoder.NORM_BIASES,
+_RULES = (
+    *decoder.END_RULES,
+    *decoder.ATTENTION_RULES,
+    *decoder.NORM_RULES,
+    *decoder.NORM_BIAS_RULES,
     rule(decoder.LAYER + "mlp.c_fc.weight", "F D -> D F", "blocks.mlp.w_in"),
     rule(decoder.LAYER + "mlp.c_fc.bias", "F -> F", "blocks.mlp.b_in"),
     rule(decoder.LAYER + "mlp.c_proj.weight", "D F -> F D", "blocks.mlp.w_out"),
     rule(decoder.LAYER + "mlp.c_proj.bias", "D -> D", "blocks.mlp.b_out"),
 )
 
-FAMILY = decoder.Decoder(
+STARCODER2 = decoder.Decoder(
     name="starcoder2",
     defaults=decoder.DEFAULTS
     | {
@@ -45,8 +44,8 @@ FAMILY = decoder.Decoder(
         "tie_word_embeddings": True,
         "sliding_window": None,
     },
-    build=build,
-    rules=RULES,
+    build=_arguments,
+    rules=_RULES,
     ignored=decoder.IGNORED
     | {
         "training": ("attention_dropout", "embedding_dropout", "residual_dropout"),

@@ -66,7 +66,7 @@ def run(
     *,
     mask: Mask | None = None,
     capture: str | tuple[str, ...] | Capture = "residuals",
-    edits: Edits = (),
+    edits: Edit | Callable | Iterable[Edit | Callable] = (),
     check: bool = False,
 ) -> ModelOutput:
     """The forward `model(tokens, ...)`, checked and compiled once per shape and capture.
@@ -112,7 +112,7 @@ def resume(
     start: int | Int[Array, ""],
     *,
     mask: Mask | None = None,
-    edits: Edits = (),
+    edits: Edit | Callable | Iterable[Edit | Callable] = (),
 ) -> ModelOutput:
     """The rest of the forward: blocks start..L-1 from stream point `x`, then the readout.
 
@@ -173,7 +173,10 @@ def as_pytree(function: Callable) -> jax.tree_util.Partial:
 
 
 def checked_edits(
-    model: Transformer, edits: Edits, shape: tuple[int, ...], mask: Array | None
+    model: Transformer,
+    edits: Edit | Callable | Iterable[Edit | Callable],
+    shape: tuple[int, ...],
+    mask: Array | None,
 ) -> Edits:
     """The edits of tokens of this shape, checked; functions as pytrees, so that jit takes them."""
     if isinstance(edits, Edit) or callable(edits):

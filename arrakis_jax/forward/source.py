@@ -38,14 +38,14 @@ class Source:
         captured: the captured stream; None with tokens.
     """
 
-    tokens: Int[Array, "B T"] | None
+    tokens: Any
     mask: Bool[Array, "B T"] | None
     captured: ResidualStream | None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape `[B,T]` of the tokens, whichever of their positions were captured."""
-        return (self.captured.mask if self.tokens is None else self.tokens).shape
+        return self.tokens.shape if self.captured is None else self.captured.mask.shape
 
     @property
     def padding(self) -> Padding:
@@ -303,16 +303,20 @@ def stream_of(source: Any, mask: Mask | None = None) -> ResidualStream | None:
 
 # Kept until every method has one entry.
 class Passed(NamedTuple):
+    """Old."""
+
     stream: Any
     state: Any
     found: list[Any]
 
     @property
     def stacked(self) -> Any:
+        """Old."""
         return Walked(self.state, self.found).found
 
 
-def over_layers(model, source, mask, fields, state, step):
+def over_layers(model: Any, source: Any, mask: Any, fields: Any, state: Any, step: Any) -> Any:
+    """Old."""
     captured = source if isinstance(source, ResidualStream) else None
     tokens = None if captured is not None else source
     mask = mask if captured is None else captured.mask
@@ -322,6 +326,7 @@ def over_layers(model, source, mask, fields, state, step):
 
 
 def over_points(run, read, model, tokens, mask, check, *, first, least=0, **options):
+    """Old."""
     source = point_source(model, tokens, mask, check, first=first, least=least)
     if source.captured is not None:
         return read(model, source.captured, first=bool(first), **options)

@@ -1,6 +1,6 @@
-"""What an attribution explains: a number for each row of a batch, as a value.
+"""Targets, which attributions explain: a number for each row of a batch, as a value.
 
-A target is a pytree (ids, positions and references are leaves, so that new ones do not recompile).
+A target is a pytree: ids, positions and references are leaves, so that new ones do not recompile.
 It reads the logits at one or a few positions, and only those are unembedded. Every method takes
 every target.
 """
@@ -52,8 +52,9 @@ class Target:
     def value(
         self, model: Transformer, y_BND: Float[Array, "B N D"], real_BN: Bool[Array, "B N"]
     ) -> Float[Array, " B"]:
-        """The target, from the normed stream at its positions, and which of these exist."""
+        """The target, from the normed stream at its positions, and which of them exist."""
         value = self.of_logits(model, y_BND[:, 0])
+        # A position that a row does not have is found only under tracing, where nothing can raise.
         return jnp.where(real_BN[:, 0], value, jnp.nan)
 
     def of_logits(self, model: Transformer, y_BD: Float[Array, "B D"]) -> Float[Array, " B"]:
@@ -71,6 +72,7 @@ def _log_probs(model: Transformer, y_BD: Float[Array, "B D"]) -> Float[Array, "B
 
 def _of_ids(values_BV: Array, ids_B: Array) -> Float[Array, " B"]:
     """The entries of these ids; NaN for one outside of the vocabulary."""
+    # A negative id would count from the end: one beyond the last entry is filled with NaN.
     safe = jnp.where(ids_B < 0, values_BV.shape[-1], ids_B)
     return jnp.take_along_axis(values_BV, safe[:, None], -1, mode="fill")[:, 0]
 
@@ -98,11 +100,11 @@ class Logit(Target):
     against: Ids | None = None
 
     def checked(self, model, tokens, mask):  # noqa: D102
-        own = super().checked(model, tokens, mask)
-        return _with_ids(own, model, tokens, "ids", "against")
+        return _with_ids(super().checked(model, tokens, mask), model, tokens, "ids", "against")
 
     def of_logits(self, model, y_BD):  # noqa: D102
         def logit(ids: Any) -> Float[Array, " B"]:
+            # Columns of the unembedding for these ids alone, not logits over the vocabulary.
             read = contract("BD,BD->B", y_BD, model.unembedding(ids))
             return softcap(read + model.unembedding_bias(ids), model.config.logit_softcap)
 
@@ -172,7 +174,7 @@ class KL(Target):
     reference: Any
 
     def checked(self, model, tokens, mask):  # noqa: D102
-        own = super().checked(model, tokens, mask)
+        target = super().checked(model, tokens, mask)
         vocab, n_rows = model.config.vocab_size, tokens.shape[0]
         shape = jnp.shape(self.reference)
         if shape not in ((vocab,), (n_rows, vocab)):
@@ -184,12 +186,13 @@ class KL(Target):
             got, do = "NaN, infinity, or a row without any", "pass logits"
             raise ValueError(expected("reference", "a distribution in each row", got, do))
         reference = jnp.asarray(self.reference, model.config.acc)
-        return replace(own, reference=jnp.broadcast_to(reference, (n_rows, vocab)))
+        return replace(target, reference=jnp.broadcast_to(reference, (n_rows, vocab)))
 
     def of_logits(self, model, y_BD):  # noqa: D102
         log_q = _log_probs(model, y_BD)
         log_p = jax.nn.log_softmax(jax.lax.stop_gradient(self.reference), -1)
         p = jnp.exp(log_p)
+        # Where p is zero its term is zero, and not the NaN of 0 * -inf.
         return contract("BV,BV->B", p, jnp.where(p > 0, log_p - log_q, 0))
 
 
@@ -197,8 +200,8 @@ class KL(Target):
 class Continuation(Target):
     """The summed log-probability of the last tokens of each row, in one teacher-forced forward.
 
-    Each is predicted from the real tokens before it, all in one forward. Of a pair of prompts it
-    is that of the base run's last tokens, in both.
+    Each token is predicted from the real tokens before it. For a pair of prompts, the tokens are
+    the base run's last ones, in both runs.
 
     Attributes:
         length: how many of each row's last real tokens are the continuation, an int or `[B]`.
@@ -225,6 +228,7 @@ class Continuation(Target):
             must = f"in [1, {int(count_B[wrong].min())})"
             do = "a prompt must be left before the continuation"
             raise ValueError(expected("length", must, f"{length_B[wrong][:3].tolist()}", do))
+        # The last N real tokens, for the longest continuation; others use fewer of them.
         wanted_N = jnp.arange(-int(length_B.max()), 0)
         index, there = Padding.of(tokens.shape, mask).columns(
             jnp.broadcast_to(wanted_N, (n_rows, wanted_N.size))
@@ -240,36 +244,37 @@ class Continuation(Target):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Sequence(Target):
-    """A continuation of checked tokens: the ids of the last N of each row, and which are in it."""
+    """A continuation of checked tokens: each row's last N ids, and which of them belong to it."""
 
     ids: Int[Array, "B N"]
     used: Bool[Array, "B N"]
 
     def positions(self, length):  # noqa: D102
         n = self.ids.shape[1]
+        # The logits that predict a token are at the position before it.
         return jnp.broadcast_to(jnp.arange(-n - 1, -1), self.ids.shape)
 
     def value(self, model, y_BND, real_BN):  # noqa: D102
-        def one(y_BD: Array, ids_B: Array) -> Float[Array, " B"]:
+        @jax.checkpoint
+        def log_p(y_BD: Array, ids_B: Array) -> Float[Array, " B"]:
             return _of_ids(_log_probs(model, y_BD), ids_B)
 
-        # One position's logits at a time, forwards and backwards.
-        log_p_NB = jax.lax.map(
-            lambda at: jax.checkpoint(one)(*at), (jnp.moveaxis(y_BND, 1, 0), self.ids.T)
-        )
+        # One position's logits at a time, forwards and, by the checkpoint, backwards.
+        xs = (jnp.moveaxis(y_BND, 1, 0), self.ids.T)
+        log_p_NB = jax.lax.map(lambda x: log_p(*x), xs)
         return jnp.where(self.used, log_p_NB.T, 0).sum(-1)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Custom(Target):
-    """A number of the caller's own for each row, from its logits.
+    """A number for each row, by a function of its logits.
 
     Attributes:
         function: from logits `[B,V]` at the position to `[B]`; with `position=None` from those at
-            every position, `[B,T,V]` (zero at padding). It must treat rows alike and apart. Another
-            function object compiles again, so define it once; arrays that change belong into a
-            `jax.tree_util.Partial`.
+            every position, `[B,T,V]` (zero at padding). A row's number must depend on that row
+            alone, by the same rule for all. Another function object compiles again, so define it
+            once; arrays that change belong into a `jax.tree_util.Partial`.
         position: where the logits are read, or None.
     """
 
@@ -279,7 +284,7 @@ class Custom(Target):
         if not callable(self.function):
             do = "give a function of logits"
             raise TypeError(expected("function", "callable", repr(self.function), do))
-        own = self if self.position is None else super().checked(model, tokens, mask)
+        target = self if self.position is None else super().checked(model, tokens, mask)
         n_rows, vocab = tokens.shape[0], model.config.vocab_size
         shape = (n_rows, vocab) if self.position is not None else (*tokens.shape, vocab)
         logits = jax.ShapeDtypeStruct(shape, model.config.acc)
@@ -287,7 +292,7 @@ class Custom(Target):
         if getattr(result, "shape", None) != (n_rows,):
             must, do = f"a function from {shape} to ({n_rows},)", "return a number for each row"
             raise ValueError(expected("function", must, f"a result {result}", do))
-        return replace(own, function=as_pytree(self.function))
+        return replace(target, function=as_pytree(self.function))
 
     def positions(self, length):  # noqa: D102
         return jnp.arange(length)[None] if self.position is None else super().positions(length)
@@ -304,11 +309,10 @@ class Custom(Target):
 
 def _with_ids(target: Any, model: Transformer, tokens: Array, *names: str) -> Any:
     """The target with the ids in these fields checked, one for each row."""
-    given = {name: getattr(target, name) for name in names}
     ids = {
         name: checked_ids(model.config, value, tokens.shape[:1], name=name)
-        for name, value in given.items()
-        if value is not None
+        for name in names
+        if (value := getattr(target, name)) is not None
     }
     return replace(target, **ids)
 
@@ -334,11 +338,12 @@ def checked_target(
         raise TypeError(expected(name, must, repr(target), do))
     if not isinstance(target, Target) and not callable(target):
         shape = tokens.shape[:1]
-        own = Logit(
+        # Checked here, so that messages have the argument's name.
+        logit = Logit(
             checked_ids(model.config, target, shape, name=name),
             None if against is None else checked_ids(model.config, against, shape, name="against"),
         )
-        return Target.checked(replace(own, position=position), model, tokens, mask)
+        return Target.checked(replace(logit, position=position), model, tokens, mask)
     if type(target) is Target or isinstance(target, type):
         do = "choose what is read, such as Logit(3)"
         raise TypeError(expected(name, "a target, token ids or a function", repr(target), do))
@@ -357,6 +362,7 @@ def read_target(
     padding = Padding.of(x_BTD.shape[:2], mask)
     if isinstance(target, Custom) and target.position is None:
         return target.value(model, _normed(model, x_BTD, padding.real), padding.real)
+    # Positions are selected first: the norm and the unembedding then cost N of them, not T.
     index_BN, real_BN = padding.columns(target.positions(x_BTD.shape[1]))
     x_BND = jnp.take_along_axis(x_BTD, index_BN[..., None], 1)
     x_BND = jnp.where(real_BN[..., None], x_BND, 0)
@@ -364,8 +370,10 @@ def read_target(
 
 
 def _normed(model: Transformer, x_BND: Array, real_BN: Array) -> Array:
-    """The final norm where there is a token; zeros have no slope under its root."""
+    """The final norm where there is a token, and zero elsewhere."""
     if model.norm_final is None:
         return x_BND
+    # Two wheres: a row of zeros has a slope of infinity under the norm's root, and infinity times
+    # the outer where's zero is NaN. So the norm never sees such a row.
     safe = jnp.where(real_BN[..., None], x_BND, 1)
     return jnp.where(real_BN[..., None], model.final_norm(safe), 0)

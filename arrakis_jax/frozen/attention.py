@@ -8,11 +8,11 @@ from arrakis_jax.core.axes import Array, Float, over
 from arrakis_jax.frozen.writes import written
 from arrakis_jax.nn.transformer import Layer, Transformer
 
-READ = ("resid_pre", "attn_out", "resid_mid", "pattern", "v", "norm_attn_scale",
+BROUGHT_FIELDS = ("resid_pre", "attn_out", "resid_mid", "pattern", "v", "norm_attn_scale",
         "norm_attn_out_scale")  # fmt: skip
 
 
-class Read(NamedTuple):
+class Brought(NamedTuple):
     """What attention of one layer brings from every source position j to every position i.
 
     The vector that head h brings is `share_i pattern[h,i,j] v[j,h] w_o[h]`, and position i itself
@@ -40,8 +40,8 @@ class Read(NamedTuple):
     bias: Float[Array, "B T D"]
 
 
-def read(model: Transformer, layer: Layer) -> Read:
-    """What attention of this layer brings from where, of a layer with the fields `READ`."""
+def attention_brought(model: Transformer, layer: Layer) -> Brought:
+    """What attention of this layer brings from where, of a layer with the fields `BROUGHT_FIELDS`."""
     config, stream, block = model.config, layer.stream, layer.block
     acc = config.acc
     through, share = written(config, stream, block.norm_attn_out, "attn")
@@ -51,13 +51,12 @@ def read(model: Transformer, layer: Layer) -> Read:
     brought = stream.attn_out - bias
     if config.norms_stream:  # attention adds to the normed stream, or its sum is normed
         norm: Any = block.norm_attn
-        own = norm.gained(norm.centre(own)) / stream.norm_attn_scale[..., None]
+        own = norm.linear(own) / stream.norm_attn_scale[..., None]
         if config.norm_placement == "stream_after":
-            w_o = norm.gained(norm.centre(w_o))
+            w_o = norm.linear(w_o)
             share = share / stream.norm_attn_scale
             bias, brought = (
-                norm.gained(norm.centre(x)) / stream.norm_attn_scale[..., None]
-                for x in (bias, brought)
+                norm.linear(x) / stream.norm_attn_scale[..., None] for x in (bias, brought)
             )
         bias = bias if norm.b is None else bias + over(norm.b[...].astype(acc), bias)
     if config.parallel:
@@ -67,7 +66,7 @@ def read(model: Transformer, layer: Layer) -> Read:
     repeats = config.n_heads // config.n_kv_heads
     v = jnp.repeat(stream.v.astype(acc), repeats, -2)
     bias = jnp.where(stream.mask[..., None], bias, 0)
-    return Read(stream.pattern.astype(acc), v, w_o, share, own, total, brought, bias)
+    return Brought(stream.pattern.astype(acc), v, w_o, share, own, total, brought, bias)
 
 
 def _output_bias(model: Transformer, layer: Layer) -> Float[Array, "B T D"]:

@@ -24,6 +24,6 @@ def written(
 
     def through(w: Array) -> Array:
         w = w.astype(config.acc)
-        return w if norm is None else norm.gained(norm.centre(w))
+        return w if norm is None else norm.linear(w)
 
     return through, share

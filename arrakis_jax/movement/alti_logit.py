@@ -1,35 +1,18 @@
 """The logits that attention and MLPs bring, attributed to the input's tokens through ALTI."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from arrakis_jax.core.axes import Array, Float, Int, over
-from arrakis_jax.core.numerics import contract, norm, ratio
+from arrakis_jax.core.numerics import contract
 from arrakis_jax.forward.source import Source
-from arrakis_jax.frozen.attention import READ, Read, read
-from arrakis_jax.frozen.reads import logit_direction, logit_reader
+from arrakis_jax.frozen.attention import BROUGHT_FIELDS, Brought, attention_brought
+from arrakis_jax.frozen.reads import LayerReader, StreamReader, logit_direction, logit_reader
 from arrakis_jax.movement.contributions import alti, identity, normalised, on_diagonal, weights_of
-from arrakis_jax.nn.block import Block
 from arrakis_jax.nn.norm import Norm
 from arrakis_jax.nn.transformer import Layer, Transformer
-
-
-class Reading(NamedTuple):
-    """What reads the target's logit in a layer, and how the stream's norms change it on the way.
-
-    Attributes:
-        mid: `[B,T,D]`, the direction that reads it after attention.
-        post: `[B,T,D]`, and after the MLP.
-        attn: `[B,T]`, what a logit is multiplied by on passing the norm of attention.
-        mlp: `[B,T]`, and the norm of the MLP.
-    """
-
-    mid: Float[Array, "B T D"]
-    post: Float[Array, "B T D"]
-    attn: Float[Array, "B T"]
-    mlp: Float[Array, "B T"]
 
 
 def logit_flow(
@@ -48,12 +31,13 @@ def logit_flow(
     config, real = model.config, source.padding.real
     u, bias = logit_reader(model, targets, against)
     r, offset = logit_direction(model, u)
-    first, size, readings = _readings(model, r)
+    reader = StreamReader.of(model, r)
+    size = reader.size
 
     def step(state: tuple, layer: Layer) -> tuple[tuple, dict[str, Array]]:
         flow, empty, logits, constant = state
-        brought = read(model, layer)
-        at = _reading(model, layer, r, readings)
+        brought = attention_brought(model, layer)
+        at = reader.at(layer)
         q_BTS = _attention_logits(brought, at.mid)
         rows, total = normalised(alti(brought))
         after = contract("BTN,BNS->BTS", rows, flow)
@@ -73,13 +57,13 @@ def logit_flow(
         return (after, empty | ((total == 0) & real), logits, constant), facts
 
     # Fields that a captured stream need not have are asked for only where they are read.
-    fields = READ if model.norm_final is None else (*READ, "norm_final_scale")
+    fields = BROUGHT_FIELDS if model.norm_final is None else (*BROUGHT_FIELDS, "norm_final_scale")
     fields = (*fields, "norm_mlp_scale") if config.norms_stream else fields
     fields = (*fields, "embed", "mlp_out") if complete else fields
     flow = identity(real, config.acc)
     logits, constant = jnp.zeros_like(flow), jnp.zeros(real.shape, config.acc)
     if complete:
-        logits = on_diagonal(logits, _along(_embedded(model, source), first))
+        logits = on_diagonal(logits, _along(_embedded(model, source), reader.first))
     start = (flow, jnp.zeros(real.shape, bool), logits, constant)
     stream, walked = source.over_layers(model, fields, start, step)
     _, empty, logits, constant = walked.state
@@ -110,47 +94,7 @@ def _embedded(model: Transformer, source: Source) -> Float[Array, "B T D"]:
     return model.embed(source.tokens, mask=source.mask)
 
 
-def _readings(model: Transformer, r: Array) -> tuple[Array, Array, Reading | None]:
-    """What reads the embedding, the length of `r`, and what reads in each layer, `[L,...]`.
-
-    None where `r` itself reads everywhere. Else directions are of length 1, the norms' scales are
-    left out, and what reads a norm's input is `centre(gain * what reads its output)`.
-    """
-    if not model.config.norms_stream:
-        return r, jnp.ones_like(r[..., 0]), None
-
-    def back(post: Array, block: Block) -> tuple[Array, Reading]:
-        mid, mlp = _before(block.norm_mlp, post)
-        pre, attn = _before(block.norm_attn, mid)
-        return pre, Reading(mid, post, attn, mlp)
-
-    size = norm(r)
-    r, found = ratio(r, size[..., None]), []
-    for blocks, _ in reversed(model.stacks()):
-        r, own = jax.lax.scan(back, r, blocks, reverse=True)
-        found.insert(0, own)
-    return r, size, jax.tree.map(lambda *x: jnp.concatenate(x), *found)
-
-
-def _before(stream_norm: Norm | None, r: Array) -> tuple[Array, Array]:
-    """The unit direction that reads a norm's input as `r` does its output, and a factor."""
-    assert stream_norm is not None
-    r = stream_norm.centre(stream_norm.gained(r))
-    size = norm(r)
-    return ratio(r, size[..., None]), size
-
-
-def _reading(model: Transformer, layer: Layer, r: Array, readings: Reading | None) -> Reading:
-    """What reads in this layer, with the scales of its norms."""
-    if readings is None:
-        one = jnp.ones_like(r[..., 0])
-        return Reading(r, r, one, one)
-    at: Reading = jax.tree.map(lambda x: x[layer.index], readings)
-    stream = layer.stream
-    return at._replace(attn=at.attn / stream.norm_attn_scale, mlp=at.mlp / stream.norm_mlp_scale)
-
-
-def _attention_logits(brought: Read, r: Float[Array, "B T D"]) -> Float[Array, "B T S"]:
+def _attention_logits(brought: Brought, r: Float[Array, "B T D"]) -> Float[Array, "B T S"]:
     """`sum_h a[h,t,s] v[s,h] w_o[h] . r[t]`."""
     # W_O meets the direction first: no head's vectors of width D are formed.
     w_BTHK = contract("HKD,BTD->BTHK", brought.w_o, r)
@@ -158,7 +102,7 @@ def _attention_logits(brought: Read, r: Float[Array, "B T D"]) -> Float[Array, "
     return (weights_of(brought) * read_BHTS).sum(1)
 
 
-def _mlp_logits(model: Transformer, layer: Layer, at: Reading) -> tuple[Array, Array]:
+def _mlp_logits(model: Transformer, layer: Layer, at: LayerReader) -> tuple[Array, Array]:
     """The logits that the MLP brings, and those of the bias of a norm of the stream."""
     out_BTD = layer.stream.mlp_out.astype(model.config.acc)
     stream_norm: Norm | None = layer.block.norm_mlp if model.config.norms_stream else None

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from arrakis_jax.core.axes import Array, Bool, Float, Int, over
 from arrakis_jax.core.numerics import contract, norm, ratio
-from arrakis_jax.frozen.attention import Read
+from arrakis_jax.frozen.attention import Brought
 
 # The most elements of [B,S,H,D], the vectors that heads bring from a block of sources.
 HEAD_ELEMENTS = 2**22
@@ -45,7 +45,7 @@ def in_blocks(function: Callable[..., Any], size: int, *arrays: Array) -> Any:
     return jax.tree.map(join, jax.lax.map(body, (firsts, *map(split, arrays))))
 
 
-def weights_of(brought: Read) -> Float[Array, "B H T S"]:
+def weights_of(brought: Brought) -> Float[Array, "B H T S"]:
     """The factor of `v[s,h] w_o[h]` on its way from s to t."""
     return brought.pattern * brought.share[:, None, :, None]
 
@@ -67,13 +67,13 @@ def normalised(x: Float[Array, "B T S"]) -> tuple[Float[Array, "B T S"], Float[A
     return ratio(x, total[..., None]), total
 
 
-def to_itself(brought: Read) -> Float[Array, "B T D"]:
+def to_itself(brought: Brought) -> Float[Array, "B T D"]:
     """What heads bring from each position to itself."""
     weight_BTH = jnp.moveaxis(jnp.diagonal(weights_of(brought), axis1=2, axis2=3), 1, 2)
     return contract("BTHK,HKD->BTD", weight_BTH[..., None] * brought.v, brought.w_o)
 
 
-def brought_norms(brought: Read) -> Float[Array, "B T S"]:
+def brought_norms(brought: Brought) -> Float[Array, "B T S"]:
     """`|sum_h a[h,t,s] u[s,h]|` with `u = v w_o`.
 
     Its square is `sum_hn a[h,t,s] a[n,t,s] (u[s,h] . u[s,n])`: products of heads at a source s,
@@ -93,7 +93,7 @@ def brought_norms(brought: Read) -> Float[Array, "B T S"]:
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square_BTS)))
 
 
-def mixing(brought: Read) -> tuple[Float[Array, "B T S"], Float[Array, "B T"]]:
+def mixing(brought: Brought) -> tuple[Float[Array, "B T S"], Float[Array, "B T"]]:
     """Norms of what each position brings, the stream's own included, and the mixing ratio.
 
     The ratio is the norm of what all other positions bring over that plus what is kept.
@@ -111,7 +111,7 @@ def nearness(part: Float[Array, "... D"], whole: Float[Array, "... D"]) -> Float
 
 
 def brought_nearness(
-    brought: Read, whole: Float[Array, "B T D"], *, by_head: bool = False
+    brought: Brought, whole: Float[Array, "B T D"], *, by_head: bool = False
 ) -> Float[Array, "B T S"]:
     """The nearness to `whole` of what each position brings; by head, `[B,T,S,H]`, of each head's.
 
@@ -149,7 +149,7 @@ def brought_nearness(
     return in_blocks(from_sources, n_sources, a_BSTH, brought.v).swapaxes(1, 2)
 
 
-def alti(brought: Read) -> Float[Array, "B T S"]:
+def alti(brought: Brought) -> Float[Array, "B T S"]:
     """The nearness to the sum of what each position brings, the stream's own included."""
     # A position keeps its stream and what its heads bring from itself, as one vector.
     kept_BT = nearness(to_itself(brought) + brought.own, brought.total)

@@ -14,7 +14,7 @@ from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import ratio
 from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.source import Source, source_of
-from arrakis_jax.frozen.attention import READ, read
+from arrakis_jax.frozen.attention import BROUGHT_FIELDS, attention_brought
 from arrakis_jax.movement.contributions import brought_nearness, nearness
 from arrakis_jax.nn.transformer import Layer, Transformer
 from arrakis_jax.results.record import ABSENT, Record
@@ -209,7 +209,12 @@ def _routes(
     edges: int,
 ) -> FlowRoutes:
     config = model.config
-    fields = (*READ, "mlp_out", "final", *(("norm_mlp_scale",) if config.norms_stream else ()))
+    fields = (
+        *BROUGHT_FIELDS,
+        "mlp_out",
+        "final",
+        *(("norm_mlp_scale",) if config.norms_stream else ()),
+    )
     _, walked = source.over_layers(
         model, fields, None, lambda _, layer: (None, _edges(model, layer, edges))
     )
@@ -245,7 +250,7 @@ def _routes(
 def _edges(model: Transformer, layer: Layer, k: int) -> LayerEdges:
     """A layer's edges, of attention the k most important into each position."""
     config, stream = model.config, layer.stream
-    brought = read(model, layer)
+    brought = attention_brought(model, layer)
     mlp_BTD = None if stream.mlp_out is None else stream.mlp_out.astype(config.acc)
     # In a parallel block heads, MLP and stream add up in one step, and share one total.
     together = config.parallel and mlp_BTD is not None

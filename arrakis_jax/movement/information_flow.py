@@ -13,7 +13,7 @@ from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract
 from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.source import Source, source_of
-from arrakis_jax.frozen.attention import READ, read
+from arrakis_jax.frozen.attention import BROUGHT_FIELDS, attention_brought
 from arrakis_jax.movement.alti_logit import logit_flow
 from arrakis_jax.movement.contributions import alti, brought_norms, identity, mixing, normalised
 from arrakis_jax.nn.transformer import Layer, Transformer
@@ -168,7 +168,7 @@ def _flow(
         return (contract("BTN,BNS->BTS", rows, flow), empty | ((total == 0) & real)), facts
 
     # These two read patterns alone, so that a stream with nothing else will do.
-    fields = ("pattern",) if method in ("attention", "rollout") else READ
+    fields = ("pattern",) if method in ("attention", "rollout") else BROUGHT_FIELDS
     start = (identity(real, model.config.acc), jnp.zeros(real.shape, bool))
     _, walked = source.over_layers(model, fields, start, step)
     flow, empty = walked.state
@@ -183,7 +183,7 @@ def _contributions(
         mean = layer.stream.pattern.astype(model.config.acc).mean(1)
         kept = identity(layer.stream.mask, mean.dtype)
         return mean if method == "attention" else mean + kept, {}
-    brought = read(model, layer)
+    brought = attention_brought(model, layer)
     if method == "value_weighted":
         return brought_norms(brought), {}
     if method == "mixing":

@@ -73,7 +73,7 @@ class Ends(nnx.Module):
             x_BTD = x_BTD + self.embed_positions(padding.rank)
         return x_BTD if padding.mask is None else jnp.where(padding.mask[..., None], x_BTD, 0)
 
-    def unembedding(self, ids: Int[Array, "..."] | None = None) -> Float[Array, "... D"]:
+    def unembedding(self, ids: int | Int[Array, "..."] | None = None) -> Float[Array, "... D"]:
         """What reads these tokens' logits from the normed stream, `[...,D]`, or all as `[V,D]`.
 
         `logit = final_norm(x) . unembedding + unembedding_bias`, before a soft-cap: factors on the
@@ -134,6 +134,6 @@ class Ends(nnx.Module):
         return softcap(logits if scale == 1 else logits * scale, config.logit_softcap)
 
 
-def _rows(table: Array, index: Array, axis: int = 0) -> Array:
+def _rows(table: Array, index: int | Array, axis: int = 0) -> Array:
     """The entries at these indices of an axis; NaN where there are none, negative ones included."""
     return jnp.take(table, jnp.where(index < 0, table.shape[axis], index), axis, mode="fill")

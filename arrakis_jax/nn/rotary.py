@@ -43,7 +43,7 @@ def _ramp(theta: float, scaling: RopeScaling, d_rotary: int) -> np.ndarray:
     trained = scaling.original_max_positions or 1
 
     def dimension(turns: float | None) -> float:
-        """AttentionContext the frequency stands that turns this often in the first context."""
+        """Where the frequency stands that turns this often in the first context."""
         per_turn = math.log(trained / ((turns or 1) * 2 * math.pi))
         return d_rotary * per_turn / (2 * math.log(theta))
 

@@ -41,7 +41,7 @@ class Layer(NamedTuple):
     block: Block
     index: Int[Array, ""]
     stream: ResidualStream
-    resid_post: Float[Array, "B T D"]
+    resid_post: Any
 
 
 class Transformer(Ends):

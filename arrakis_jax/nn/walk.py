@@ -43,7 +43,7 @@ class Walked(NamedTuple):
 
     Attributes:
         state: the last state.
-        by_segment: for each segment, what the steps found, stacked over its layers.
+        by_segment: for each segment gone over, what the steps found, stacked over its layers.
     """
 
     state: Any
@@ -100,7 +100,7 @@ def all_at_once(
     *,
     layers: Sequence[int] | None = None,
 ) -> list[Any]:
-    """For each segment `function(place, x)` of its layers, stacked: a walk without a state.
+    """For each segment gone over `function(place, x)`, stacked: a walk without a state.
 
     All layers are computed together (`vmap`), so weights that the function hands on are not copied.
     """
@@ -156,10 +156,12 @@ def _entry(blocks: Block, row: Int[Array, ""]) -> Block:
 
 
 def _stretches(model: Any, xs: Any, layers: Sequence[int] | None) -> list[tuple[int, tuple]]:
-    """For each segment its number, and the blocks, numbers and `xs` of its layers gone over."""
+    """For each segment gone over its number, and the blocks, numbers and `xs` of its layers."""
     stretches, begin = [], 0
     for i, (blocks, own) in enumerate(model.stacks()):
         wanted = own if layers is None else [layer for layer in layers if layer in own]
+        if layers is not None and not wanted:
+            continue
         rows, numbers = rows_of(own, wanted), np.array(wanted, np.int32)
         blocks = jax.tree.map(lambda w, rows=rows: w if rows is None else w[rows], blocks)
         end = begin + len(wanted)
@@ -172,6 +174,15 @@ def _stretches(model: Any, xs: Any, layers: Sequence[int] | None) -> list[tuple[
         stretches.append((i, (blocks, jnp.asarray(numbers), jax.tree.map(entries, xs))))
         begin = end
     return stretches
+
+
+def segment_layers(model: Any, layers: Sequence[int] | None = None) -> list[tuple[int, ...]]:
+    """The layers that a walk over these goes over, for each entry of what it finds."""
+    segments = [tuple(own) for _, own in model.stacks()]
+    if layers is None:
+        return segments
+    chosen = [tuple(layer for layer in layers if layer in own) for own in segments]
+    return [own for own in chosen if own]
 
 
 def rows_of(held: Sequence[int], wanted: Sequence[int]) -> slice | np.ndarray | None:

@@ -1,1 +1,1 @@
-"""Patching: what changes if an activation is that of another run? Exactly, and to first order."""
+"""Patching: what does an activation of another run change? Exactly, and to first order."""

@@ -1,4 +1,4 @@
-"""The effects of patches: a number for each cell and example, with what each of them means."""
+"""The effects of patches: a number for each cell and example, with their labels and meaning."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from arrakis_jax.core.axes import Array, Float
 from arrakis_jax.core.checks import checked_choice, checked_count
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract
-from arrakis_jax.patching.pairs import HEADS, as_names
+from arrakis_jax.patching.pairs import PER_HEAD, as_names
 from arrakis_jax.results.record import ABSENT, Record
 from arrakis_jax.results.table import Table
 from arrakis_jax.stream.fields import UNSTACKED
@@ -22,7 +22,7 @@ AXES = ("layer", "position", "head", "neuron")
 
 
 class Cell(NamedTuple):
-    """What was patched: a site, and where; None where everything was.
+    """What was patched: a site, and an index along each axis; None where all indices were.
 
     Attributes:
         site: the name of the site.
@@ -48,6 +48,8 @@ class Cell(NamedTuple):
 @dataclass(frozen=True)
 class Cells(Sequence):
     """The cells of a sweep, site after site, in the order of the effects' axes.
+
+    A cell is made when it is asked for: a sweep over neurons has millions.
 
     Attributes:
         over: the axes, such as ("layer", "position").
@@ -76,6 +78,7 @@ class Cells(Sequence):
             return tuple(self[j] for j in range(*i.indices(len(self))))
         if not -len(self) <= i < len(self):
             raise IndexError(expected("i", f"in [{-len(self)}, {len(self)})", i, "see len()"))
+        # Sites have different shapes, so their cells are counted off one site after another.
         i = int(i) % len(self)
         for site, shape in self.shapes:
             if i < prod(shape):
@@ -97,7 +100,7 @@ class TopEffects(NamedTuple):
 
 
 class MeanEffects(NamedTuple):
-    """Means over examples, with the ends of a bootstrap interval, shaped as effects without B."""
+    """Means over examples and the ends of a bootstrap interval, shaped as effects without B."""
 
     mean: Any
     low: Any
@@ -105,11 +108,11 @@ class MeanEffects(NamedTuple):
 
 
 class Effects(Record):
-    """What results with an effect for each of C labels and each example have in common.
+    """The base of results with an effect for each of C labels and each example.
 
     Attributes:
         effects: `[...,B]`.
-        labels: what each of the C effects is of, in the order of `terms`.
+        labels: what was patched for each of the C effects, in the order of `terms`.
     """
 
     effects: Any
@@ -138,19 +141,18 @@ class Effects(Record):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, repr=False)
 class PatchEffects(Effects):
-    """What patches do to a target: `effect = target(patched) - target(base)`, of each example.
+    """What patches do to a target, for each example: `effect = target(patched) - target(base)`.
 
     Attributes:
         effects: one axis for each entry of `over`, in that order, then B; zero at padding. With
             several sites a dict of such arrays, by site, each with the axes that its site has.
         base: `[B]`, the target of the run that is patched.
-        source: `[B]`, the target of the run that patches come from; None for zero and mean
-            ablation.
+        source: `[B]`, the target of the run that patches come from; None for "zero" and "mean".
         over: the axes: "layer", "position" (columns of `tokens`), "head", "neuron".
         method: how the effects were found: "exact", or the name of the approximation.
         patch: what was put in place: "resample" (of the source), "mean" or "zero".
-        screening: shaped as `effects`, magnitudes without a sign that also show nodes whose effects
-            cancel (see `attribution_patching`); None unless asked for.
+        screening: shaped as `effects`, magnitudes that also show nodes whose effects cancel (see
+            `attribution_patching`); None unless asked for.
     """
 
     effects: Any
@@ -198,13 +200,14 @@ class PatchEffects(Effects):
             draws: how many times the examples are drawn again, with replacement.
             seed: of these draws.
         """
-        found = {
+        means = {
             site: bootstrap(x, interval=interval, draws=draws, seed=seed)
             for site, x in self.by_site.items()
         }
         if not isinstance(self.effects, dict):
-            return found[self.sites[0]]
-        return MeanEffects(*({s: x[i] for s, x in found.items()} for i in range(3)))
+            return means[self.sites[0]]
+        # A dict by site for the mean and for each end, instead of three values by site.
+        return MeanEffects(*({site: x[i] for site, x in means.items()} for i in range(3)))
 
     def to_table(self, k: int | None = None) -> Table:
         """A row for each cell and example, or for the k largest of each example.
@@ -213,7 +216,7 @@ class PatchEffects(Effects):
         """
         columns = ("cell", "site", *self.over, "row", "effect")
         table = Table({name: [] for name in columns})
-        for which, row, value in rows_of(self.terms, k):
+        for which, row, value in effect_rows(self.terms, k):
             cell = self.labels[which]
             where = (getattr(cell, axis) for axis in self.over)
             for name, entry in zip(
@@ -224,18 +227,19 @@ class PatchEffects(Effects):
 
 
 def top_of(terms: Float[Array, "C B"], k: int, there: Any = None) -> TopEffects:
-    """The k largest of C terms by absolute value, for each example; of those that are there."""
+    """The k terms of largest absolute value, for each example; only among those that are there."""
     checked_count("k", k, terms.shape[0] if there is None else int(there.sum()))
+    # -1 for a term that is not there, so that even a zero comes before it.
     size = jnp.abs(terms) if there is None else jnp.where(there[:, None], jnp.abs(terms), -1)
     index = jax.lax.top_k(size.T, k)[1].T
     return TopEffects(jnp.take_along_axis(terms, index, 0), index)
 
 
-def rows_of(
+def effect_rows(
     terms: Float[Array, "C B"], k: int | None, there: Any = None
 ) -> Iterator[tuple[int, int, float]]:
-    """Which term, which example and the value, example after example; or only the k largest."""
-    values = np.asarray(terms)
+    """Each term's number, its example and its value, example after example; or the k largest."""
+    values = np.asarray(terms)  # once: an array's own indexing dispatches for each entry
     index = None if k is None else np.asarray(top_of(terms, k, there).index)
     every = range(values.shape[0]) if there is None else np.flatnonzero(there)
     for row in range(values.shape[1]):
@@ -251,6 +255,7 @@ def bootstrap(
         raise ValueError(expected("interval", "in (0, 1)", interval, "0.95 is usual"))
     checked_count("draws", draws, 10**6)
     n = values.shape[-1]
+    # A draw with replacement is how often each example comes, so a mean is a weighted sum.
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
     weight = jnp.asarray(drawn / n, values.dtype)
     tail = jnp.array([50 * (1 - interval), 50 * (1 + interval)])
@@ -258,24 +263,25 @@ def bootstrap(
     def ends(row_B: Float[Array, " B"]) -> Float[Array, " 2"]:
         return jnp.percentile(contract("NB,B->N", weight, row_B), tail)
 
-    found = jax.lax.map(ends, values.reshape(-1, n), batch_size=4096)  # bounds memory
-    low, high = jnp.moveaxis(found.reshape(*values.shape[:-1], 2), -1, 0)
+    # In batches, since each row needs `draws` numbers of memory.
+    ends_C2 = jax.lax.map(ends, values.reshape(-1, n), batch_size=4096)
+    low, high = jnp.moveaxis(ends_C2.reshape(*values.shape[:-1], 2), -1, 0)
     return MeanEffects(values.mean(-1), low, high)
 
 
 def axes_of(site: str, over: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the axes that cells of a site have."""
+    """The axes among `over` that a site's cells have."""
     has = {
         "layer": site not in UNSTACKED,
         "position": True,
-        "head": site in HEADS,
+        "head": site in PER_HEAD,
         "neuron": site == "mlp_act",
     }
     return tuple(axis for axis in over if has[axis])
 
 
 def checked_over(over: Any, sites: tuple[str, ...]) -> tuple[str, ...]:
-    """The axes of a sweep: of a single site all are its own, of several each is one site's.
+    """The axes of a sweep; each must be an axis of at least one of the sites.
 
     Raises:
         TypeError, ValueError: for axes that are unknown, twice there, or not the sites'.

@@ -1,7 +1,7 @@
-"""Gates: taps that put another run's value in place, by degrees. Closed, their slope is the effect.
+"""Gates: taps that move a value toward another run's. The slope of a closed gate is the effect.
 
-Only these slopes, already summed over what is patched together, leave the backward pass; the
-gradient and the difference of the runs meet where the site is and are never held in full.
+The backward pass returns these slopes alone, already summed over what is patched together. The
+gradient and the difference of the runs meet at the site, and neither is kept for all layers.
 """
 
 from dataclasses import dataclass, replace
@@ -29,8 +29,8 @@ class Gate:
     Attributes:
         opening: `[L,B,...]`, or without L at "embed" and "final".
         source: what is put in place, `[L,B,...]` or `[L]`.
-        base: what is subtracted from it, if not the value itself.
-        added: added to the value first, or None: its gradient is the site's own.
+        base: what is subtracted from the source; None for the value itself.
+        added: a zero added to the value first, whose gradient is the site's; or None.
     """
 
     opening: Array
@@ -40,6 +40,7 @@ class Gate:
 
     def __call__(self, value: Array) -> Array:
         """The value, moved toward the source."""
+        # The difference is taken in float32 or wider, and rounded only when it is added.
         acc = self.opening.dtype
         value = value if self.added is None else value + self.added.astype(value.dtype)
         base = value if self.base is None else self.base
@@ -58,16 +59,18 @@ def closed(
         return {site: getattr(stream, site) for site in sites}
 
     def opening(site: str, shape: tuple[int, ...]) -> Array:
+        # An axis is 1 long where cells are patched together: the slope sums over it, by broadcast.
         stacked = int(site not in UNSTACKED)
         kept = {0} | {stacked + axis for axis in _kept(site, over)}
         return jnp.zeros([n if i in kept else 1 for i, n in enumerate(shape)], model.config.acc)
 
+    # Only shapes are needed, so the forward is not run.
     shapes = jax.eval_shape(forward, x_BTD)
     return {site: Gate(opening(site, shapes[site].shape), values[site]) for site in sites}
 
 
 def _kept(site: str, over: tuple[str, ...]) -> set[int]:
-    """Which axes of a site's value, without L, its effects have: B's, and those in `over`."""
+    """The axes of a site's value, without L, that its effects keep: B, and those in `over`."""
     return {0} | {site_axis(site, axis) for axis in axes_of(site, over) if axis != "layer"}
 
 
@@ -79,12 +82,13 @@ def together(site: str, effects: Array, over: tuple[str, ...]) -> Array:
 
 def arranged(site: str, effects: Array, over: tuple[str, ...]) -> Float[Array, "... B"]:
     """The effects `[L,B,...]` with an axis for each entry of `over` that the site has, then B."""
-    stacked = int(site not in UNSTACKED)
+    stacked = int(site not in UNSTACKED)  # where B is, behind L
     wanted = [
         0 if axis == "layer" else stacked + site_axis(site, axis) for axis in axes_of(site, over)
     ]
     wanted.append(stacked)
     rest = [i for i in range(effects.ndim) if i not in wanted]
+    # Axes in `over` first and B after them; the rest, of length 1 or not, is summed at the end.
     effects = jnp.transpose(effects, (*wanted, *rest))
     return effects.sum(tuple(range(len(wanted), effects.ndim)))
 

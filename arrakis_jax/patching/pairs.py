@@ -10,12 +10,14 @@ from arrakis_jax.core.axes import Array
 from arrakis_jax.core.checks import checked_choice, checked_tokens
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
+from arrakis_jax.forward.targets import Target, read_target
 from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.results.record import ABSENT
 from arrakis_jax.stream.fields import UNSTACKED, lacking
 from arrakis_jax.stream.residuals import ResidualStream
 
 PATCHES = ("resample", "mean", "zero")
-HEADS = ("q", "k", "v", "z", "pattern")
+PER_HEAD = ("q", "k", "v", "z", "pattern")
 SITES = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "final",
          "q", "k", "v", "pattern", "z", "mlp_act")  # fmt: skip
 
@@ -53,7 +55,7 @@ def checked_pair(
         raise TypeError(expected("corrupt", "token ids `[B,T]`", "None", do))
     try:
         shape = np.shape(corrupt)
-    except ValueError:  # ragged: as any tokens are
+    except ValueError:  # ragged rows: checked_tokens below says so
         shape = clean.shape
     if len(shape) == 2 and shape != clean.shape:
         do = "make pairs of equal length, token for token"
@@ -84,7 +86,7 @@ def checked_sites(config: ModelConfig, sites: Any, *, known: tuple[str, ...] = S
     absent = lacking(config)
     present = tuple(s for s in known if s not in absent)
     if config.n_experts:
-        # Of two runs that go to different experts, neurons do not correspond.
+        # Two runs may go to different experts, whose neurons do not correspond.
         present = tuple(s for s in present if s != "mlp_act")
     if not names or len(set(names)) < len(names):
         raise ValueError(expected("sites", "different names, at least one", names, "name them"))
@@ -97,10 +99,11 @@ def checked_sites(config: ModelConfig, sites: Any, *, known: tuple[str, ...] = S
 
 def fields_of(sites: tuple[str, ...]) -> tuple[str, ...]:
     """The fields of a stream from which the values at these sites are read."""
+    # resid_post is not captured: it is the next layer's resid_pre, or final.
     fields = {
         f: None for s in sites for f in (("resid_pre", "final") if s == "resid_post" else (s,))
     }
-    return tuple(fields)
+    return tuple(fields)  # a dict's keys: each once, in order
 
 
 def values_at(
@@ -110,16 +113,37 @@ def values_at(
 
     Means are over the real tokens of all examples, and broadcast.
     """
-    found: dict[str, Any] = {site: getattr(stream, site) for site in sites}
+    values: dict[str, Any] = {site: getattr(stream, site) for site in sites}
     if patch == "resample":
-        return found
-    return {site: _mean(stream, site, value) for site, value in found.items()}
+        return values
+    return {site: _mean(stream, site, value) for site, value in values.items()}
+
+
+def source_values(
+    model: Transformer, pair: Pair, target: Target, sites: tuple[str, ...], patch: str
+) -> tuple[dict[str, Array], Array]:
+    """What is put in place at each site, and the source run's target if its values are.
+
+    Values are `[L,...]` (for embed and final without L), or broadcast to it.
+    """
+    if patch == "zero":
+        n_layers, acc = model.config.n_layers, model.config.acc
+        shapes = {site: () if site in UNSTACKED else (n_layers,) for site in sites}
+        return {site: jnp.zeros(shape, acc) for site, shape in shapes.items()}, ABSENT
+    assert pair.source is not None  # as checked
+    fields = tuple(dict.fromkeys((*fields_of(sites), "final")))
+    stream = model(pair.source, mask=pair.mask, capture=fields).residuals
+    values = values_at(stream, sites, patch)
+    if patch == "mean":
+        return values, ABSENT  # a mean over rows is no run, and has no target
+    return values, read_target(model, stream.final, pair.mask, target)
 
 
 def _mean(stream: ResidualStream, site: str, value: Array) -> Array:
     if site == "pattern":
         do = "a mean pattern of rows of unequal length is none; patch q, k or z"
         raise ValueError(expected("sites", "without 'pattern' with patch='mean'", site, do))
-    axes = (0, 1) if site in UNSTACKED else (1, 2)  # zero at padding
+    axes = (0, 1) if site in UNSTACKED else (1, 2)
+    # Values are zero at padding, so a sum over all tokens is one over the real ones.
     mean = value.sum(axes, keepdims=True) / stream.mask.sum()
     return jnp.broadcast_to(mean, value.shape)

@@ -1,6 +1,8 @@
 """Exact activation patching of every cell: each layer, position, head or neuron by itself."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -13,8 +15,7 @@ from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.targets import Target, checked_target, read_target
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.patching.effects import PatchEffects, axes_of, checked_over
-from arrakis_jax.patching.pairs import Pair, checked_pair, checked_sites, fields_of, values_at
-from arrakis_jax.results.record import ABSENT
+from arrakis_jax.patching.pairs import Pair, checked_pair, checked_sites, source_values
 from arrakis_jax.stream.edits import KV_SITES
 from arrakis_jax.stream.fields import UNSTACKED
 from arrakis_jax.stream.residuals import ResidualStream
@@ -42,11 +43,11 @@ def patch_sweep(
     A cell is one index along each axis of `over`; along the others everything is patched at once
     (without "layer": in all layers). Patching a run into itself changes nothing, to rounding.
 
-    Of each cell only the blocks from its own layer on are run, `(L + 1) / 2L` of a forward on
-    average, and only the target's logits are read. Where positions are cells of their own, those
-    before a cell keep their keys and values: in four steps, 5/8 of all positions are run. Beyond
-    the runs of the pair, temporary memory is that of the blocks for `cell_batch` cells. One program
-    serves all tokens and targets of a kind.
+    For each cell only the blocks from its own layer on are run, `(L + 1) / 2L` of a forward on
+    average, and only the target's logits are read. With "position" in `over`, earlier positions
+    keep their keys and values: in four steps, 5/8 of all positions are run. Beyond the runs of the
+    pair, the blocks of `cell_batch` cells take temporary memory. One program serves all tokens and
+    targets of a kind.
 
     Args:
         model: the transformer.
@@ -58,8 +59,8 @@ def patch_sweep(
         sites: one or several of embed, resid_pre, attn_out, resid_mid, mlp_out, resid_post, final,
             q, k, v, pattern, z, mlp_act, each swept by itself.
         over: some of "layer", "position" (columns of the tokens; queries of a pattern), "head"
-            (key/value head at "k" and "v") and "neuron". Of several sites, each has those that it
-            can have.
+            (key/value head at "k" and "v") and "neuron". Each of several sites has the axes that
+            it can have.
         base: the run that is patched, "clean" (noising) or "corrupt" (denoising). The other one
             is the source.
         patch: what is put in place: "resample" (the source's activation), "mean" (of the source
@@ -80,10 +81,10 @@ def patch_sweep(
         >>> clean, mask = encode(tokenizer, "Alice and Tom met, Tom gave a book to")
         >>> corrupt, _ = encode(tokenizer, "Alice and Tom met, Alice gave a book to")
         >>> alice, tom = (token_id(tokenizer, name) for name in (" Alice", " Tom"))
-        >>> found = patch_sweep(
+        >>> sweep = patch_sweep(
         ...     model, clean, corrupt, Logit(alice, tom), sites="z", over=("layer", "head")
         ... )
-        >>> found.effects.shape, str(found.labels[5])
+        >>> sweep.effects.shape, str(sweep.labels[5])
         ((4, 4, 1), 'L1 z head 1')
 
     Reference:
@@ -112,25 +113,20 @@ def _patch_sweep(
     cell_batch: int,
 ) -> PatchEffects:
     mask = pair.mask
+    # Keys and values of earlier columns are reused where positions are cells of their own.
     fields = ("resid_pre", "final", *(("k", "v") if "position" in over else ()))
     base = model(pair.base, mask=mask, capture=fields).residuals
-    base_B, source_B = read_target(model, base.final, mask, target), ABSENT
-    if patch == "zero":
-        n_layers = model.config.n_layers
-        values = {site: jnp.zeros(() if site in UNSTACKED else n_layers) for site in sites}
-    else:
-        assert pair.source is not None  # as checked
-        fields = tuple(dict.fromkeys((*fields_of(sites), "final")))
-        source = model(pair.source, mask=mask, capture=fields).residuals
-        values = values_at(source, sites, patch)
-        if patch == "resample":
-            source_B = read_target(model, source.final, mask, target)
+    base_B = read_target(model, base.final, mask, target)
+    values, source_B = source_values(model, pair, target, sites, patch)
     effects = {}
     for site, value in values.items():
-        how: dict[str, Any] = {"over": axes_of(site, over), "cell_batch": cell_batch}
-        patched = swept(model, base, value, mask, target, site=site, **how)
+        axes = axes_of(site, over)
+        sweep = _SiteSweep.of(
+            model, base, mask, target, site=site, over=axes, cell_batch=cell_batch
+        )
+        patched = sweep.targets(value, axes)
         change = patched - base_B.reshape(*(1,) * (patched.ndim - 1), -1)
-        effects[site] = at_real(change, base.mask, how["over"])
+        effects[site] = at_real(change, base.mask, axes)
     first, *more = sites
     return PatchEffects(
         effects=effects if more else effects[first],
@@ -143,92 +139,117 @@ def _patch_sweep(
 
 
 def at_real(effects: Float[Array, "... B"], real_BT: Array, over: tuple[str, ...]) -> Array:
-    """Effects of cells along these axes, zero at padding."""
+    """Effects with these axes and B, zero at padding."""
     if "position" not in over:
         return effects
+    # The mask as [T,B] among the effects' axes, wherever "position" is.
     shape = [real_BT.shape[1] if axis == "position" else 1 for axis in over]
     return jnp.where(real_BT.T.reshape(*shape, -1), effects, 0)
 
 
-def swept(
-    model: Transformer,
-    base: ResidualStream,
-    value: Array,
-    mask: Array | None,
-    target: Target,
-    *,
-    site: str,
-    over: tuple[str, ...],
-    cell_batch: int,
-) -> Float[Array, "... B"]:
-    """The target with each cell of a site patched: an axis for each entry of `over`, then B.
+@dataclass(frozen=True)
+class _SiteSweep:
+    """The target with each cell of one site patched.
 
-    `value` is what is put in place, `[L,...]` (for embed and final without L), or broadcasts to it.
+    Attributes:
+        base: the run that is patched, with its points of the stream (and keys and values, if
+            positions are cells of their own).
+        points_PBTD: these points, the final stream among them.
+        axes: the axes of a layer's cells, and `shape` how many cells it has along each.
     """
-    config = model.config
-    points_PBTD = jnp.concatenate([base.resid_pre, base.final[None]])
-    axes = tuple(axis for axis in over if axis != "layer")
-    counts = {
-        "position": base.mask.shape[1],
-        "head": config.n_kv_heads if site in KV_SITES else config.n_heads,
-        "neuron": config.d_mlp,
-    }
-    shape = tuple(counts[axis] for axis in axes)
 
-    def cells(
-        layer: Array | None, value: Array, first: int, shape: tuple[int, ...]
-    ) -> Float[Array, "N B"]:
-        """With each cell of one layer patched, or with `layer=None` of all layers at once.
+    model: Transformer
+    base: ResidualStream
+    points_PBTD: Float[Array, "P B T D"]
+    mask: Array | None
+    target: Target
+    site: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    cell_batch: int
 
-        The cells have this shape, and their positions start with the column `first`.
+    @classmethod
+    def of(
+        cls,
+        model: Transformer,
+        base: ResidualStream,
+        mask: Array | None,
+        target: Target,
+        *,
+        site: str,
+        over: tuple[str, ...],
+        cell_batch: int,
+    ) -> "_SiteSweep":
+        """The sweep over the cells that a site has along these axes."""
+        config = model.config
+        counts = {
+            "position": base.mask.shape[1],
+            "head": config.n_kv_heads if site in KV_SITES else config.n_heads,
+            "neuron": config.d_mlp,
+        }
+        axes = tuple(axis for axis in over if axis != "layer")
+        shape = tuple(counts[axis] for axis in axes)
+        points_PBTD = jnp.concatenate([base.resid_pre, base.final[None]])
+        return cls(model, base, points_PBTD, mask, target, site, axes, shape, cell_batch)
+
+    def targets(self, value: Array, over: tuple[str, ...]) -> Float[Array, "... B"]:
+        """The target of each cell: an axis for each entry of `over`, then B.
+
+        `value`, put in place, is `[L,...]` (for embed and final without L), or broadcasts to it.
         """
+        if "layer" not in over:
+            return self._steps(None, value)
+        # A map and no vmap over layers: a layer is where the run starts, and that skips blocks.
+        layers = jnp.arange(self.model.config.n_layers)
+        targets = jax.lax.map(lambda xs: self._steps(*xs), (layers, value))
+        return jnp.moveaxis(targets, 0, over.index("layer"))
+
+    def _steps(self, layer: Array | None, value: Array) -> Float[Array, "... B"]:
+        """The cells of one layer (or of all layers at once, if None), in steps of columns."""
+        if "position" not in self.axes:
+            return self._cells(layer, value, 0, self.shape).reshape(*self.shape, -1)
+        at, targets = self.axes.index("position"), []
+        axis = site_axis(self.site, "position") + (layer is None and self.site not in UNSTACKED)
+        for first, last in column_steps(self.shape[at]):
+            later = from_column(value, axis, first)
+            shape = (*self.shape[:at], last - first, *self.shape[at + 1 :])
+            targets.append(self._cells(layer, later, first, shape).reshape(*shape, -1))
+        return jnp.concatenate(targets, at)
+
+    def _cells(
+        self, layer: Array | None, value: Array, first: int, shape: tuple[int, ...]
+    ) -> Float[Array, "N B"]:
+        """Cells of this shape, whose positions start with the column `first`."""
+        base, site = self.base, self.site
+        # A patched stream point enters the first block that is run; other sites need an edit.
         enters = site in UNSTACKED or (layer is not None and site in ENTERING)
         start: Any = 0 if layer is None else layer + ENTERING.get(site, 0)
-        start = config.n_layers if site == "final" else start
-        x_BTD = points_PBTD[start][:, first:]
+        start = self.model.config.n_layers if site == "final" else start
+        x_BTD = self.points_PBTD[start][:, first:]
         before = (base.k[:, :, :first], base.v[:, :, :first]) if first else None
+        rest = partial(self.model.blocks_from, start=start, mask=self.mask, before=before)
 
         def patched(cell: Array) -> Float[Array, " B"]:
-            index = dict(zip(axes, jnp.unravel_index(cell, shape), strict=True))
+            index = dict(zip(self.axes, jnp.unravel_index(cell, shape), strict=True))
 
             def edit(name: str, at: Array, x: Array) -> Array:
                 if name != site:
                     return x
                 if layer is None:
                     return put(x, site, index, jax.lax.dynamic_index_in_dim(value, at, 0, False))
+                # Later layers meet the edit too; it changes the cell's own layer alone.
                 return jnp.where(at == layer, put(x, site, index, value), x)
 
-            if enters:
-                own = put(x_BTD, site, index, value)
-                final = model.blocks_from(own, start, mask=mask, before=before)
-            else:
-                final = model.blocks_from(x_BTD, start, mask=mask, before=before, edits=(edit,))
+            final = rest(put(x_BTD, site, index, value)) if enters else rest(x_BTD, edits=(edit,))
+            # Columns before the first cell are the base run's.
             final = jnp.concatenate([base.final[:, :first], final], 1)
-            return read_target(model, final, mask, target)
+            return read_target(self.model, final, self.mask, self.target)
 
-        return in_chunks(patched, prod(shape), cell_batch)
-
-    def steps(layer: Array | None, value: Array) -> Float[Array, "... B"]:
-        """The cells of one layer (or of all at once), those of later columns by themselves."""
-        if "position" not in axes:
-            return cells(layer, value, 0, shape).reshape(*shape, -1)
-        at, found = axes.index("position"), []
-        stacked = layer is None and site not in UNSTACKED
-        for first, last in column_steps(counts["position"]):
-            own = from_column(value, site_axis(site, "position") + stacked, first)
-            part = (*shape[:at], last - first, *shape[at + 1 :])
-            found.append(cells(layer, own, first, part).reshape(*part, -1))
-        return jnp.concatenate(found, at)
-
-    if "layer" not in over:
-        return steps(None, value)
-    layers = jnp.arange(config.n_layers)
-    found = jax.lax.map(lambda one: steps(*one), (layers, value))
-    return jnp.moveaxis(found, 0, over.index("layer"))
+        return in_chunks(patched, prod(shape), self.cell_batch)
 
 
 def column_steps(n: int) -> list[tuple[int, int]]:
-    """Four steps of columns, or fewer of at least 8: the first and the one after the last."""
+    """Begin and end of four steps of columns, or of fewer steps of at least 8 columns."""
     size = max(8, -(-n // 4))
     return [(first, min(first + size, n)) for first in range(0, n, size)]
 
@@ -242,6 +263,7 @@ def from_column(value: Array, axis: int, first: int) -> Array:
 
 def put(x: Array, site: str, index: dict[str, Array], value: Array) -> Array:
     """A site's value with another in place at these indices of its axes."""
+    # A comparison of indices and no scatter: it serves any mix of axes, and vmaps over cells.
     chosen: Any = True
     for axis, i in index.items():
         at = site_axis(site, axis)
@@ -250,15 +272,16 @@ def put(x: Array, site: str, index: dict[str, Array], value: Array) -> Array:
 
 
 def site_axis(site: str, axis: str) -> int:
-    """Which axis of a site's value, without L, are its positions, heads or neurons."""
+    """The axis of a site's value, without L, along which its positions, heads or neurons are."""
     if site == "pattern":
         return {"head": 1, "position": 2}[axis]
     return 1 if axis == "position" else 2
 
 
 def in_chunks(function: Callable, n: int, most: int) -> Float[Array, "N ..."]:
-    """`function` of 0..n-1, at most so many of them at a time, in chunks of equal size."""
+    """`function(0)` to `function(n - 1)`, at most `most` at a time, in chunks of equal size."""
     rounds = -(-n // most)
-    index = jnp.arange(rounds * -(-n // rounds)).reshape(rounds, -1)  # the last ones are no cells
-    found = jax.lax.map(jax.vmap(function), index)
-    return found.reshape(-1, *found.shape[2:])[:n]
+    # Numbers from n on fill up the last chunk, and are cut off.
+    index = jnp.arange(rounds * -(-n // rounds)).reshape(rounds, -1)
+    values = jax.lax.map(jax.vmap(function), index)
+    return values.reshape(-1, *values.shape[2:])[:n]

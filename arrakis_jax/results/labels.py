@@ -1,9 +1,41 @@
 """Names of the terms of a decomposition: static and compact, whatever their number."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple, overload
+from typing import NamedTuple, TypeVar, overload
+
+from arrakis_jax.core.errors import expected
+
+T = TypeVar("T")
+
+
+class LazyLabels(Sequence[T]):
+    """A long sequence of labels that makes each label when it is asked for.
+
+    A subclass defines `__len__`, and `_label(i)` for i in [0, len).
+    """
+
+    @abstractmethod
+    def _label(self, i: int) -> T: ...
+
+    @overload
+    def __getitem__(self, i: int) -> T: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> tuple[T, ...]: ...
+
+    def __getitem__(self, i: int | slice) -> T | tuple[T, ...]:
+        """Label `i`, or those of a slice."""
+        if isinstance(i, slice):
+            return tuple(self[j] for j in range(*i.indices(len(self))))
+        if not -len(self) <= i < len(self):
+            raise IndexError(expected("i", f"in [{-len(self)}, {len(self)})", i, "see len()"))
+        return self._label(int(i) % len(self))
+
+    def __iter__(self) -> Iterator[T]:
+        return (self[i] for i in range(len(self)))
 
 
 class Label(NamedTuple):
@@ -13,8 +45,8 @@ class Label(NamedTuple):
         layer: the layer that writes it; None for embeddings.
         kind: embed, pos, attn, head, attn_bias, mlp, neuron, mlp_bias, expert, shared_expert,
             norm_bias, attn_rounding or mlp_rounding.
-        index: which head, neuron or expert; None for kinds of which a layer has one. Of norm_bias:
-            0 for attention's, 1 for the MLP's.
+        index: which head, neuron or expert. None for a kind that a layer has once. The bias of the
+            norm of attention's output is norm_bias 0, that of the MLP's output norm_bias 1.
         source: in decompositions by source, the column of `tokens` that a head read; else None.
     """
 
@@ -34,8 +66,8 @@ class Kind(NamedTuple):
 
     Attributes:
         name: the kind.
-        indices: of which heads, neurons...; None for one term without an index.
-        sources: how many source positions each of them is split into; None for no split.
+        indices: the heads, neurons... that have a term; None for one term without an index.
+        sources: how many source positions each term is split into; None for no split.
     """
 
     name: str
@@ -54,7 +86,7 @@ class Kind(NamedTuple):
         return prod(self.shape)
 
     def label(self, layer: int, i: int) -> Label:
-        """The label of the i-th of them."""
+        """The label of the i-th of these terms."""
         i, source = (i, None) if self.sources is None else divmod(i, self.sources)
         return Label(layer, self.name, None if self.indices is None else self.indices[i], source)
 
@@ -71,24 +103,26 @@ class Segment(NamedTuple):
         return sum(kind.count for kind in self.kinds)
 
     def offsets(self, name: str) -> list[int]:
-        """Where in a layer's terms those of this kind stand."""
-        found, start = [], 0
+        """The places of this kind's terms among the terms of a layer."""
+        places, start = [], 0
         for kind in self.kinds:
             if kind.name == name:
-                found += range(start, start + kind.count)
+                places += range(start, start + kind.count)
             start += kind.count
-        return found
+        return places
 
 
 @dataclass(frozen=True)
-class Labels(Sequence):
+class Labels(LazyLabels[Label]):
     """The labels of a decomposition's terms, in the order in which the model writes them.
 
     Attributes:
         first: kinds before the layers, one term each.
-        segments: the layers listed, and what each of them holds.
-        dropped: how many terms are missing at the end, because the last layer is cut there.
-        skipped: how many are missing before those of the first layer, which is cut there.
+        segments: the layers listed, and the kinds of each.
+        dropped: how many terms the last layer lacks at its end, if the decomposition ends inside
+            it.
+        skipped: how many terms the first layer lacks at its start, if the decomposition begins
+            inside it.
     """
 
     first: tuple[str, ...]
@@ -112,19 +146,7 @@ class Labels(Sequence):
         listed = sum(len(s.layers) * s.per_layer for s in self.segments)
         return len(self.first) + listed - self.dropped - self.skipped
 
-    @overload
-    def __getitem__(self, i: int) -> Label: ...
-
-    @overload
-    def __getitem__(self, i: slice) -> tuple[Label, ...]: ...
-
-    def __getitem__(self, i: int | slice) -> Label | tuple[Label, ...]:
-        """The label of term `i`, or those of a slice."""
-        if isinstance(i, slice):
-            return tuple(self[j] for j in range(*i.indices(len(self))))
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"`i` must be in [{-len(self)}, {len(self)}), got {i}; see len()")
-        i = int(i) % len(self)
+    def _label(self, i: int) -> Label:
         if i < len(self.first):
             return Label(None, self.first[i])
         rest = i - len(self.first) + self.skipped
@@ -138,9 +160,6 @@ class Labels(Sequence):
                     return kind.label(segment.layers[layer], rest)
                 rest -= kind.count
         raise AssertionError("labels do not cover their own length")
-
-    def __iter__(self) -> Iterator[Label]:
-        return (self[i] for i in range(len(self)))
 
     def check(self, kind: str) -> None:
         """Raises ValueError unless some layer has this kind."""

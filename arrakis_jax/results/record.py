@@ -1,4 +1,4 @@
-"""What every result is: a dataclass that prints the shapes of its arrays."""
+"""The base of every result: a dataclass that prints the shapes of its arrays."""
 
 from dataclasses import fields
 from typing import Any
@@ -22,4 +22,6 @@ def _shown(value: Any) -> str:
     return repr(value) if shape is None else f"{getattr(value, 'dtype', '')}{list(shape)}"
 
 
-ABSENT: Any = None  # the default of a field, which has an array's type: `need` guards its use
+# The default of a field that may be missing. It has no type of its own, so that the field keeps the
+# type of its array; `ResidualStream.need` guards the use.
+ABSENT: Any = None

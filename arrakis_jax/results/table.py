@@ -1,5 +1,6 @@
 """Results as tables: columns by name, which print themselves."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,21 @@ class Table(dict[str, list]):
 
     shown = 20
 
+    @classmethod
+    def of_rows(cls, columns: Iterable[str], rows: Iterable[Sequence]) -> "Table":
+        """The table of these rows, each with an entry for every column."""
+        table = cls({column: [] for column in columns})
+        for row in rows:
+            for column, entry in zip(table.values(), row, strict=True):
+                column.append(entry)
+        return table
+
     @property
     def n_rows(self) -> int:
         """How many rows."""
         return len(next(iter(self.values()), []))
 
+    # rich is imported only to print: it would slow down the import of the package.
     def __rich__(self) -> Any:
         from rich.table import Table as RichTable
 
@@ -54,18 +65,25 @@ def table_of(
 ) -> Table:
     """A row for each term and each index of the other axes.
 
-    `values` is `[C,...]`, and `axes` names what follows C. With `index [C,...]` they are some of
-    the terms: those labels.
+    Args:
+        values: `[C,...]`.
+        labels: what the terms are.
+        axes: the names of the axes after C.
+        name: the name of the column of values.
+        index: `[C,...]`, which of the labels each value has; None for the labels in order.
     """
     values = np.asarray(values)
+    # Making a label takes a search, and tables repeat labels.
+    label_of: dict[int, Label] = {}
+
+    def rows() -> Iterable[Sequence]:
+        for place in np.ndindex(values.shape[1:]):
+            for i, value in enumerate(values[(slice(None), *place)]):
+                term = i if index is None else int(index[(i, *place)])
+                if term not in label_of:
+                    label_of[term] = labels[term]
+                label = label_of[term]
+                yield (str(label), *label, *place, float(value))
+
     columns = ("term", "layer", "kind", "index", "source", *axes, name)
-    table = Table({column: [] for column in columns})
-    named: dict[int, Label] = {}
-    for place in np.ndindex(values.shape[1:]):
-        for i, value in enumerate(values[(slice(None), *place)]):
-            which = i if index is None else int(index[(i, *place)])
-            label = named.setdefault(which, labels[which])
-            row = (str(label), label.layer, label.kind, label.index, label.source, *place)
-            for column, entry in zip(columns, (*row, float(value)), strict=True):
-                table[column].append(entry)
-    return table
+    return Table.of_rows(columns, rows())

@@ -14,10 +14,10 @@ from arrakis_jax.results.table import Table, table_of
 
 
 class TermValues(Record):
-    """What results with a number for each of C terms have in common.
+    """The base of results that hold a number for each of C terms.
 
     Attributes:
-        terms: `[C,B]` or `[C,B,T]`, and more axes.
+        terms: `[C,B]`, `[C,B,T]`, or with more axes.
         labels: what each term is.
     """
 
@@ -28,43 +28,51 @@ class TermValues(Record):
         """The terms of one kind as `[L,B]` (attn, mlp...) or `[L,n,B]` (head, neuron, expert).
 
         L counts the layers that have the kind. Heads by source are `[L,H,S,B]`.
+
+        Raises:
+            ValueError: for a kind that no layer has, or that has another number of terms in some
+                layers; for a decomposition that begins or ends inside a layer.
         """
         labels: Labels = self.labels
         labels.check(kind)
         if labels.dropped or labels.skipped:
             do = "take the terms by `labels.where(kind)`"
             raise ValueError(expected("labels", "of whole layers", "a layer that is cut", do))
-        found, offset = [], len(labels.first)
+        terms_by_segment, start = [], len(labels.first)
         for segment in labels.segments:
             size, columns = len(segment.layers) * segment.per_layer, segment.offsets(kind)
             if columns:
-                rest = self.terms[offset : offset + size]
-                rest = rest.reshape(len(segment.layers), segment.per_layer, *rest.shape[1:])
-                shape = [k.shape for k in segment.kinds if k.name == kind]
-                axes = shape[0] if len(shape) == 1 else (len(columns),)
-                rest = rest[:, np.array(columns)]
-                found.append(rest.reshape(rest.shape[0], *axes, *rest.shape[2:]))
-            offset += size
-        widths = {x.shape[1:] for x in found}
+                terms = self.terms[start : start + size]
+                terms = terms.reshape(len(segment.layers), segment.per_layer, *terms.shape[1:])
+                # A kind that a layer lists once keeps its axes, such as head and source.
+                shapes = [k.shape for k in segment.kinds if k.name == kind]
+                axes = shapes[0] if len(shapes) == 1 else (len(columns),)
+                terms = terms[:, np.array(columns)]
+                terms_by_segment.append(terms.reshape(len(terms), *axes, *terms.shape[2:]))
+            start += size
+        widths = {terms.shape[1:] for terms in terms_by_segment}
         if len(widths) > 1:
             got = f"{sorted(widths)} in different layers"
             do = "take the terms by `labels.where(kind)`"
             raise ValueError(expected("kind", "of one number of terms in every layer", got, do))
-        return jnp.concatenate(found)
+        return jnp.concatenate(terms_by_segment)
+
+    def _sources(self, kind: str) -> list[int | None]:
+        """How many sources each segment splits a kind into."""
+        kinds = (k for segment in self.labels.segments for k in segment.kinds)
+        return [k.sources for k in kinds if k.name == kind]
 
     def by_head(self) -> Float[Array, "L H B"]:
         """The heads' terms as `[L,H,B]` (`[L,H,B,T]`), summed over sources."""
         heads = self.by_layer("head")
-        kinds = (k for segment in self.labels.segments for k in segment.kinds if k.name == "head")
-        return heads if next(kinds).sources is None else heads.sum(2)
+        return heads if self._sources("head")[0] is None else heads.sum(2)
 
     def by_source(self) -> Float[Array, "L H S B"]:
         """The heads' terms by source position, `[L,H,S,B]` (`[L,H,S,B,T]`).
 
-        S are the columns of `tokens`; zero at padding.
+        S counts the columns of `tokens`; terms of padding are zero.
         """
-        kinds = (k for segment in self.labels.segments for k in segment.kinds if k.name == "head")
-        if all(kind.sources is None for kind in kinds):
+        if all(n_sources is None for n_sources in self._sources("head")):
             do = "ask for by='source'"
             raise ValueError(expected("labels", "by source", "terms that are not", do))
         return self.by_layer("head")

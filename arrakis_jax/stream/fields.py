@@ -26,9 +26,8 @@ ROUTING_SITES = {"index": "routing_index", "weight": "routing_weight", "shared":
 def lacking(config: ModelConfig) -> tuple[str, ...]:
     """The fields of a residual stream that a model of this config does not have."""
     place = config.norm_placement
-    has_mlp = config.d_mlp > 0 or config.n_experts > 0
     rules = (
-        (MLP_FIELDS, has_mlp),
+        (MLP_FIELDS, config.any_mlp),
         (MOE_FIELDS, config.n_experts > 0),
         (("shared_act",), config.d_shared_expert > 0),
         (("resid_mid",), not config.parallel),

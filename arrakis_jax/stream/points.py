@@ -13,8 +13,8 @@ Points = tuple[tuple[str, int | None], ...]
 
 def point_fields(config: ModelConfig) -> tuple[str, ...]:
     """The fields of the stream that its points are read from."""
-    halves = not config.parallel and (config.d_mlp > 0 or config.n_experts > 0)
-    return ("resid_pre", "resid_mid", "final") if halves else ("resid_pre", "final")
+    has_mid = config.any_mlp and not config.parallel
+    return ("resid_pre", "resid_mid", "final") if has_mid else ("resid_pre", "final")
 
 
 def point_capture(config: ModelConfig) -> Capture:

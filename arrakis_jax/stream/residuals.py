@@ -115,6 +115,13 @@ class ResidualStream(Record):
         self.need("resid_pre", "final", all_layers=True)
         return jnp.concatenate([self.resid_pre[1:], self.final[None]])
 
+    def of_layer(self, name: str, layer: int) -> Array:
+        """A field `[B,T,...]` of one layer, counted from 0."""
+        if self.layers is not None and layer not in self.layers:
+            self.need(all_layers=True)
+        row = layer if self.layers is None else self.layers.index(layer)
+        return getattr(self, name)[row]
+
     def need(self, *names: str, all_layers: bool = False, all_positions: bool = False) -> None:
         """Raises NotCapturedError unless every named field is here, for all layers if asked."""
         missing = [n for n in names if getattr(self, n) is None and n not in self.lacks]
@@ -203,13 +210,6 @@ class ResidualStream(Record):
             for name in FIELDS
             if (value := getattr(self, name)) is not None
         }
-
-    def squeezed(self) -> "ResidualStream":
-        """A stream at one position, without the position axis."""
-        values = self._each(lambda _, axis, value: jnp.squeeze(value, axis))
-        if self.tokens is not None:
-            values["tokens"] = self.tokens[..., 0]
-        return replace(self, **values, mask=self.mask[..., 0], positions=None)
 
     def batch_axes(self) -> "ResidualStream":
         """The `in_axes` pytree with which `jax.vmap` maps over the examples of the batch."""

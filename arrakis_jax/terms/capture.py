@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from arrakis_jax.core.axes import Array
+from arrakis_jax.core.axes import Array, Int
 from arrakis_jax.core.checks import checked_choice
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
+from arrakis_jax.forward.source import Source
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.stream.capture import Capture
 from arrakis_jax.stream.residuals import ResidualStream
 from arrakis_jax.terms.layer import ATTENTION, ATTENTION_KINDS, BY, MLP, MLP_KINDS, wants
 
@@ -32,28 +32,30 @@ def checked_by(config: ModelConfig, by: Any) -> None:
         raise ValueError(expected("by", must, repr(by), "choose one"))
 
 
-def captured(
+def terms_stream(
     model: Transformer,
-    tokens: Array,
-    mask: Array | None,
+    source: Source,
     by: str,
     *,
     kinds: Kinds = None,
     layers: tuple[int, ...] | None = None,
     positions: tuple[int, ...] | None = None,
     also: tuple[str, ...] = (),
-) -> ResidualStream:
-    """Runs the model, and keeps what terms need, at these layers and positions.
+) -> tuple[ResidualStream, Int[Array, "B T"]]:
+    """The stream with what terms need at these layers and positions, and the positions' ranks.
 
-    Values by source are kept at all positions.
+    Values by source are kept at all positions. A captured stream is checked for `also` alone:
+    `terms` checks the rest.
     """
     config = model.config
     every = config.stream_dtype is not None or config.norms_stream
-    fields = (*fields_for(config, by, kinds), *also)
-    capture = Capture(fields, layers=None if every or not layers else layers, positions=positions)
-    return model.after_embedding(
-        model.embed(tokens, mask=mask), mask=mask, capture=capture, whole=WHOLE.get(by, ())
-    ).residuals
+    fields = also if source.captured is not None else (*fields_for(config, by, kinds), *also)
+    at = source.held if positions is None else positions
+    stream = source.stream(
+        model, fields, layers=None if every or not layers else layers, at=at,
+        whole=WHOLE.get(by, ()),
+    )  # fmt: skip
+    return stream, source.ranks(at)
 
 
 def fields_for(config: ModelConfig, by: str, kinds: Kinds = None) -> tuple[str, ...]:

@@ -44,6 +44,13 @@ def wants(kinds: tuple[str, ...] | None, some: tuple[str, ...]) -> bool:
     return kinds is None or bool(set(kinds) & set(some))
 
 
+def of_kinds(
+    factors: tuple[AnyFactor, ...], kinds: tuple[str, ...] | None
+) -> tuple[AnyFactor, ...]:
+    """Those of the factors that are of these kinds."""
+    return tuple(f for f in factors if kinds is None or f.kind.name in kinds)
+
+
 class LayerTerms:
     """The terms that one layer writes, of a layer with the fields that they need."""
 
@@ -53,11 +60,20 @@ class LayerTerms:
         self.stream: Any = layer.stream  # whose fields are here arrays of one layer
         self.resid_post = layer.resid_post
 
-    def terms(self, by: str, kinds: tuple[str, ...] | None = None) -> tuple[AnyFactor, ...]:
-        """All terms of these kinds, in the order in which they are written."""
-        before = self.attention(by) if wants(kinds, ATTENTION_KINDS) else ()
-        after = self.mlp(by) if wants(kinds, MLP_KINDS) else ()
-        return tuple(f for f in (*before, *after) if kinds is None or f.kind.name in kinds)
+    def halves(
+        self, by: str, kinds: tuple[str, ...] | None = None
+    ) -> tuple[tuple[AnyFactor, ...], tuple[AnyFactor, ...]]:
+        """The terms of these kinds that attention writes, and those that the MLP writes."""
+        attention = self.attention(by) if wants(kinds, ATTENTION_KINDS) else ()
+        mlp = self.mlp(by) if wants(kinds, MLP_KINDS) else ()
+        return of_kinds(attention, kinds), of_kinds(mlp, kinds)
+
+    def norm_bias(self, half: int) -> Factor | None:
+        """What the norm on the stream adds at attention (half 0) or the MLP (1); or None."""
+        norm = (self.block.norm_attn, self.block.norm_mlp)[half]
+        if not self.config.norms_stream or norm is None or norm.b is None:
+            return None
+        return self._bias(norm.b[...], Kind("norm_bias", range(half, half + 1)))
 
     def attention(self, by: str) -> tuple[AnyFactor, ...]:
         """The terms of attention."""

@@ -1,25 +1,52 @@
-"""Points of the stream at which sums of terms end or begin."""
+"""Points of the stream at which sums of terms begin or end."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
-from arrakis_jax.core.axes import Array, Int
+from arrakis_jax.core.axes import Array, Float
 from arrakis_jax.core.checks import checked_layer
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
-from arrakis_jax.stream.padding import Padding
 from arrakis_jax.stream.residuals import ResidualStream
-from arrakis_jax.terms.capture import WHOLE
 
 POINTS = ("resid_pre", "resid_mid", "resid_post")
 
 
-def checked_point(at: Any, config: ModelConfig, name: str = "at") -> tuple[int, int]:
-    """How many layers' attention and MLP are written before the point `at`."""
+class StreamPoint(NamedTuple):
+    """A point of the stream, by what is written before it.
+
+    Attributes:
+        attn: how many layers' attention.
+        mlp: how many layers' MLP.
+    """
+
+    attn: int
+    mlp: int
+
+    def field(self, config: ModelConfig) -> str:
+        """The field of a stream that holds the point: resid_pre, resid_mid or final."""
+        if self.attn != self.mlp:
+            return "resid_mid"
+        return "final" if self.mlp == config.n_layers else "resid_pre"
+
+    def of(self, stream: ResidualStream, config: ModelConfig) -> Float[Array, "B T D"]:
+        """The stream at the point, in at least float32."""
+        name = self.field(config)
+        x = stream.final if name == "final" else stream.of_layer(name, self.mlp)
+        return x.astype(config.acc)
+
+
+class Span(NamedTuple):
+    """What is written between two points of the stream."""
+
+    begin: StreamPoint
+    end: StreamPoint
+
+
+def checked_point(at: Any, config: ModelConfig, name: str = "at") -> StreamPoint:
+    """The point `at` of a model; TypeError, ValueError or IndexError where it has none."""
     n_layers = config.n_layers
     if at == "final":
-        return n_layers, n_layers
+        return StreamPoint(n_layers, n_layers)
     if not (isinstance(at, tuple) and len(at) == 2 and at[0] in POINTS):
         must, do = f"'final' or ({POINTS}, layer)", "such as ('resid_post', 3)"
         raise ValueError(expected(name, must, repr(at), do))
@@ -30,16 +57,4 @@ def checked_point(at: Any, config: ModelConfig, name: str = "at") -> tuple[int, 
     if not isinstance(layer, int):
         do = "the number of terms depends on it; use residual_decomposition for a traced layer"
         raise TypeError(expected("layer", "an int", "a traced value", do))
-    return layer + (at[0] != "resid_pre"), layer + (at[0] == "resid_post")
-
-
-def located(
-    stream: ResidualStream, positions: tuple[int, ...] | None, by: str
-) -> tuple[ResidualStream, Int[Array, "... T"]]:
-    """The stream at these positions, and how many real tokens stand before each of them."""
-    stream.need("mask")
-    padding = Padding.of(stream.mask.shape, stream.mask)
-    positions = stream.positions if positions is None else positions
-    if positions is None:
-        return stream, padding.rank
-    return stream.at(positions, whole=WHOLE.get(by, ())), padding.counted(jnp.array(positions, int))
+    return StreamPoint(layer + (at[0] != "resid_pre"), layer + (at[0] == "resid_post"))

@@ -4,15 +4,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
-from arrakis_jax.core.axes import Array, Float, Int
+from arrakis_jax.core.axes import Array, Bool, Float, Int
 from arrakis_jax.core.numerics import contract
-from arrakis_jax.forward.source import Passed, over_layers
-from arrakis_jax.frozen.reads import logit_direction, logit_reader
+from arrakis_jax.forward.source import At, Source
+from arrakis_jax.frozen.reads import LayerReader, StreamReader, logit_direction, logit_reader
 from arrakis_jax.nn.transformer import Layer, Transformer
-from arrakis_jax.results.labels import Labels, Segment
-from arrakis_jax.stream.fields import UNSTACKED
-from arrakis_jax.stream.padding import Padding, select_positions
+from arrakis_jax.nn.walk import Walked, segment_layers
+from arrakis_jax.results.labels import Kind, Labels, Segment
 from arrakis_jax.stream.residuals import ResidualStream
 from arrakis_jax.terms.capture import WHOLE, Kinds, fields_for
 from arrakis_jax.terms.factors import Measured, measured
@@ -20,8 +20,8 @@ from arrakis_jax.terms.layer import LayerTerms
 from arrakis_jax.terms.stream import check_found
 
 
-class Read(NamedTuple):
-    """What a readout finds at a stream's end: the logit, its constant, and the norm's scale."""
+class LogitRead(NamedTuple):
+    """The logit at a stream's end, the part of it that no term writes, and the norm's scale."""
 
     logit: Float[Array, "B T"]
     constant: Float[Array, "B T"]
@@ -50,14 +50,20 @@ class Readout(NamedTuple):
         """What stands where a row has no such position: NaN if it was asked for, 0 at padding."""
         return float("nan") if self.one else 0.0
 
-    def of(self, model: Transformer, stream: ResidualStream) -> Read:
+    def check(self, model: Transformer, source: Source) -> None:
+        """Raises NotCapturedError unless a captured stream holds what is read out."""
+        if source.captured is not None:
+            scale = () if model.norm_final is None else ("norm_final_scale",)
+            source.captured.need("final", *scale)
+
+    def of(self, model: Transformer, stream: ResidualStream) -> LogitRead:
         """The logit of a located stream, as the model computes it, before a soft-cap."""
         scale = jnp.ones_like(self.offset) if model.norm_final is None else stream.norm_final_scale
         logit = contract("...D,...D->...", model.final_norm(stream.final), self.u) + self.bias
         logit, constant = (
             jnp.where(stream.mask, x, self.absent) for x in (logit, self.offset + self.bias)
         )
-        return Read(logit, constant, scale)
+        return LogitRead(logit, constant, scale)
 
 
 def readout_of(model: Transformer, targets: Array, against: Array | None, one: bool) -> Readout:
@@ -68,51 +74,103 @@ def readout_of(model: Transformer, targets: Array, against: Array | None, one: b
     return Readout(u, *logit_direction(model, u), bias, one)
 
 
-def in_scan(
+class LayerValues(NamedTuple):
+    """The terms of one layer along a direction, as the stream after that layer holds them.
+
+    Attributes:
+        index: which layer, traced.
+        listed: whether the layer is one of those asked for, traced.
+        terms: for each kind, `[m,B,T]`.
+        passed: `[B,T]`, the factor on all that was written before, on its way through the norms
+            that this layer has on the stream; None without such norms.
+    """
+
+    index: Int[Array, ""]
+    listed: Bool[Array, ""]
+    terms: tuple[Measured, ...]
+    passed: Float[Array, "B T"] | None
+
+
+def over_terms(
     model: Transformer,
-    tokens: Array,
-    mask: Array | None,
-    at: Int[Array, "B N"] | None,
-    direction: Float[Array, "B T D"],
+    source: Source,
+    reader: StreamReader,
+    state: Any,
+    step: Callable[[Any, LayerValues], tuple[Any, Any]],
     *,
     by: str,
     kinds: Kinds,
-    state: Any,
-    step: Callable[[Any, Layer, tuple[Measured, ...]], tuple[Any, Any]],
-) -> Passed:
-    """Runs the model and hands each layer's terms along a direction to a function, in the scan.
+    layers: tuple[int, ...] | None,
+    at: At,
+) -> tuple[ResidualStream, Walked]:
+    """Hands each layer's terms along a direction to a function, in the walk over the layers.
 
-    Not for models with norms on the stream, whose terms depend on later layers.
+    A term exists from its layer on and is multiplied by `passed` of every later one. So a model
+    with norms on the stream is gone through whole, whichever layers are asked for.
     """
     config = model.config
-    fields = tuple(f for f in fields_for(config, by, kinds) if f not in UNSTACKED)
-    index, valid = (None, None) if at is None else Padding.of(tokens.shape, mask).columns(at)
+    passing = config.norms_stream
+    listed = np.ones(config.n_layers, bool)
+    if layers is not None:
+        listed = np.isin(np.arange(config.n_layers), layers)
 
     def stepping(state: Any, layer: Layer) -> tuple[Any, Any]:
-        stream, post = layer.stream, layer.resid_post
-        if index is not None and valid is not None:
-            stream = stream.picked(index, valid, whole=WHOLE.get(by, ()), stacked=False)
-            post = select_positions(post, index, valid, 1)
-        part = LayerTerms(config, layer._replace(stream=stream, resid_post=post))
-        found = measured(part.terms(by, kinds), lambda factor: factor.along(direction))
-        return step(state, layer, found)
+        at_layer = reader.at(layer)
+        terms = along_reader(LayerTerms(config, layer), at_layer, by, kinds)
+        passed = at_layer.attn * at_layer.mlp if passing else None
+        return step(
+            state, LayerValues(layer.index, jnp.asarray(listed)[layer.index], terms, passed)
+        )
 
-    return over_layers(model, tokens, mask, fields, state, stepping)
-
-
-def outside_of(passed: Passed, padding: Padding, at: Array | None) -> ResidualStream:
-    """The stream outside of the layers, at the positions asked for."""
-    return passed.stream if at is None else passed.stream.picked(*padding.columns(at))
+    return source.over_layers(
+        model, fields_for(config, by, kinds), state, stepping,
+        layers=None if passing else layers, at=at, whole=WHOLE.get(by, ()),
+    )  # fmt: skip
 
 
-def labels_in_scan(
-    model: Transformer, names: tuple[str, ...], found: list[tuple[Measured, ...]], kinds: Kinds
+def along_reader(
+    writer: LayerTerms, reader: LayerReader, by: str, kinds: Kinds
+) -> tuple[Measured, ...]:
+    """The terms of one layer along the direction that reads the layer's output.
+
+    With norms on the stream: a term that a norm still takes is read before it, times its factor.
+    """
+    halves = writer.halves(by, kinds)
+    if not writer.config.norms_stream:
+        return measured((*halves[0], *halves[1]), lambda factor: factor.along(reader.post))
+    norm_first = writer.config.norm_placement == "stream_before"
+    # What reads the biases of the two norms; what is written after a norm is read the same.
+    after_norm = ((reader.mid, reader.mlp), (reader.post, jnp.ones_like(reader.mlp)))
+    before_norm = ((reader.pre, reader.attn * reader.mlp), after_norm[0])
+    found: list[Measured] = []
+    for half, written in enumerate(halves):
+        direction, factor = (after_norm if norm_first else before_norm)[half]
+        values = [Measured(f.along(direction) * factor, f.kind) for f in written]
+        bias = writer.norm_bias(half)
+        if bias is not None and (kinds is None or "norm_bias" in kinds):
+            direction, factor = after_norm[half]
+            value = Measured(bias.along(direction) * factor, bias.kind)
+            values = [value, *values] if norm_first else [*values, value]
+        found += values
+    return tuple(found)
+
+
+def labels_of(
+    model: Transformer,
+    names: tuple[str, ...],
+    by_segment: list[tuple[Measured, ...]],
+    kinds: Kinds,
+    layers: tuple[int, ...] | None,
 ) -> Labels:
-    """The labels of terms that were found in the scan, of all layers."""
-    segments = tuple(
-        Segment(tuple(layers), tuple(each.kind for each in own))
-        for own, (_, layers) in zip(found, model.stacks(), strict=True)
-    )
-    labels = Labels(names, segments)
+    """The labels of the terms of these layers, which a walk found for each segment."""
+    walked = segment_layers(model, None if model.config.norms_stream else layers)
+    listed = [tuple(i for i in own if layers is None or i in layers) for own in walked]
+    segments = map(Segment, listed, map(kinds_of, by_segment))
+    labels = Labels(names, tuple(segment for segment in segments if segment.layers))
     check_found(kinds, labels)
     return labels
+
+
+def kinds_of(terms: tuple[Measured, ...]) -> tuple[Kind, ...]:
+    """The kinds of terms."""
+    return tuple(each.kind for each in terms)

@@ -1,4 +1,4 @@
-"""The terms that a stream is the sum of: what direct.py, readout.py and change.py stand on."""
+"""The terms that a stream is the sum of, as factors stacked over the layers."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -8,31 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from arrakis_jax.core.axes import Array, Float, Int
-from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
-from arrakis_jax.nn.block import Block
-from arrakis_jax.nn.transformer import Layer, Transformer
+from arrakis_jax.forward.source import captured_layer, layer_ends, layer_fields
+from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.nn.walk import Place, all_at_once, segment_layers
 from arrakis_jax.results.labels import Kind, Labels, Segment
 from arrakis_jax.stream.fields import UNSTACKED
 from arrakis_jax.stream.residuals import ResidualStream
 from arrakis_jax.terms.capture import Kinds, fields_for
 from arrakis_jax.terms.factors import AnyFactor, Factor
-from arrakis_jax.terms.layer import (
-    ATTENTION_KINDS,
-    FIRST_KINDS,
-    KINDS,
-    MLP_KINDS,
-    LayerTerms,
-    wants,
-)
+from arrakis_jax.terms.layer import FIRST_KINDS, KINDS, LayerTerms, of_kinds
+from arrakis_jax.terms.points import Span
 from arrakis_jax.terms.stream_norms import StreamNorms
-
-
-class Span(NamedTuple):
-    """Which writes: of how many layers attention and MLP stand before it, and before its end."""
-
-    ends: tuple[int, int]
-    begins: tuple[int, int] = (0, 0)
 
 
 class Summands(NamedTuple):
@@ -46,7 +33,7 @@ class Summands(NamedTuple):
 def terms(
     model: Transformer,
     stream: ResidualStream,
-    position: Int[Array, "..."],
+    ranks: Int[Array, "..."],
     span: Span,
     *,
     by: str,
@@ -56,37 +43,44 @@ def terms(
 ) -> Summands:
     """The terms written in a span of the model. The stream may have any axes between L and D.
 
-    `origin` is the stream where a span begins that does not begin with the embedding.
+    Args:
+        model: the transformer.
+        stream: the stream at the positions asked for.
+        ranks: how many real tokens stand before each of them.
+        span: where the terms are written.
+        by: how finely they are taken apart.
+        layers: the layers listed; None for all.
+        kinds: the kinds listed; None for all.
+        origin: the stream where the span begins; None for a span that begins before the embedding.
     """
-    config = model.config
-    stream.need(
-        *fields_for(config, by, kinds),
-        all_layers=config.stream_dtype is not None or config.norms_stream,
-    )
-    ends, begins = span
-    listed = range(min(begins), ends[0])
+    config, (begin, end) = model.config, span
+    fields = fields_for(config, by, kinds)
+    stream.need(*fields, all_layers=config.stream_dtype is not None or config.norms_stream)
+    listed = range(min(begin), end.attn)
     wanted = tuple(listed) if layers is None else tuple(i for i in layers if i in listed)
-    carry = StreamNorms(model, stream, sum(ends)) if config.norms_stream and sum(ends) else None
-    names, first = _before(model, stream, position, kinds, carry, sum(begins), origin)
+    n_norms = sum(end) if config.norms_stream else 0
+    norms = StreamNorms(model, stream, n_norms) if n_norms else None
+    names, first = _before(model, stream, ranks, kinds, norms, sum(begin), origin)
+
+    def layer_terms(place: Place, x: tuple) -> tuple[tuple[AnyFactor, ...], ...]:
+        return LayerTerms(config, captured_layer(stream, place, *x)).halves(by, kinds)
+
+    inside = tuple(name for name in fields if name not in UNSTACKED)
+    ends = layer_ends(stream, wanted) if config.stream_dtype else None
+    xs = (layer_fields(model, stream, inside, wanted), ends)
+    by_segment = all_at_once(model, layer_terms, xs, layers=wanted)
 
     layered, segments, dropped, skipped = [], [], 0, 0
-    for i, (block, own) in enumerate(model.stacks()):
-        here = tuple(layer for layer in wanted if layer in own)
-        if not here:
-            continue
-        before, after = _stacked(model, stream, i, block, own, here, by, kinds)
-        if carry is not None:
-            before, after = carry.terms(before, here, 0), carry.terms(after, here, 1)
-        before, after = (
-            tuple(f for f in half if kinds is None or f.kind.name in kinds)
-            for half in (before, after)
-        )
-        written = sum(layer < ends[1] for layer in here) if after else len(here)
-        dropped += (len(here) - written) * sum(f.kind.count for f in after)
-        if here[0] < begins[0]:
+    for own, (before, after) in zip(segment_layers(model, wanted), by_segment, strict=True):
+        if norms is not None:
+            before = of_kinds(norms.terms(before, own, 0), kinds)
+            after = of_kinds(norms.terms(after, own, 1), kinds)
+        written = sum(layer < end.mlp for layer in own) if after else len(own)
+        dropped += (len(own) - written) * sum(f.kind.count for f in after)
+        if own[0] < begin.attn:
             skipped = sum(f.kind.count for f in before)
         after = jax.tree.map(lambda x, n=written: x[:n], after)
-        segments.append(Segment(here, tuple(f.kind for f in (*before, *after))))
+        segments.append(Segment(own, tuple(f.kind for f in (*before, *after))))
         layered.append((*before, *after))
     labels = Labels(names, tuple(segments), dropped=dropped, skipped=skipped)
     check_found(kinds, labels)
@@ -121,9 +115,9 @@ def check_found(kinds: Kinds, labels: Labels) -> None:
 def _before(
     model: Transformer,
     stream: ResidualStream,
-    position: Array,
+    ranks: Array,
     kinds: Kinds,
-    carry: StreamNorms | None,
+    norms: StreamNorms | None,
     start: int,
     origin: Array | None,
 ) -> tuple[tuple[str, ...], Array]:
@@ -134,13 +128,13 @@ def _before(
     acc = model.config.acc
     if origin is not None:
         names, first = ("norm",), origin[None].astype(acc)
-        if carry is None:
+        if norms is None:
             return (), first[:0]
     else:
-        names, first = embeddings(model, stream, position)
-    if carry is not None:
+        names, first = embeddings(model, stream, ranks)
+    if norms is not None:
         whole = Factor(first, None, Kind("embed"))
-        carried = carry(whole, np.full(len(names), start)).coefficient
+        carried = norms(whole, np.full(len(names), start)).coefficient
         first = carried if origin is None else carried - first
     return _kept(names, first, kinds)
 
@@ -152,65 +146,11 @@ def _kept(names: tuple[str, ...], first: Array, kinds: Kinds) -> tuple[tuple[str
 
 
 def embeddings(
-    model: Transformer, stream: ResidualStream, position: Array, kinds: Kinds = None
+    model: Transformer, stream: ResidualStream, ranks: Array, kinds: Kinds = None
 ) -> tuple[tuple[str, ...], Float[Array, "n B T D"]]:
     """The terms of the embedding that are of these kinds, and their kinds."""
     first = stream.embed[None].astype(model.config.acc)
     if model.w_pos is None:
         return _kept(FIRST_KINDS[:1], first, kinds)
-    pos = jnp.where(stream.mask[..., None], model.embed_positions(position), 0)
+    pos = jnp.where(stream.mask[..., None], model.embed_positions(ranks), 0)
     return _kept(FIRST_KINDS, jnp.stack([stream.embed - pos, pos]), kinds)
-
-
-def _stacked(
-    model: Transformer,
-    stream: ResidualStream,
-    i: int,
-    block: Block,
-    own: range,
-    listed: tuple[int, ...],
-    by: str,
-    kinds: Kinds,
-) -> tuple[tuple[AnyFactor, ...], tuple[AnyFactor, ...]]:
-    """The terms of attention and of the MLP of these layers of segment i, stacked."""
-    config = model.config
-    rows = _rows(stream, config, listed)
-    local = [i for i in stream.layers if i in own] if stream.layers is not None else own
-    local_rows = _places(local, listed)
-    fields = {}
-    for name in fields_for(config, by, kinds):
-        value = getattr(stream, name)
-        if name in UNSTACKED or value is None:
-            continue
-        if isinstance(value, tuple):
-            fields[name] = jax.tree.map(lambda x: x[local_rows], value[i])
-        else:
-            fields[name] = jax.tree.map(lambda x: x[rows], value)
-    blocks = jax.tree.map(lambda w: w[_places(own, listed)], block)
-    post = stream.resid_post[rows] if config.stream_dtype else None
-
-    def one(block: Block, fields: dict[str, Any], post: Any) -> tuple:
-        about: dict[str, Any] = {n: getattr(stream, n) for n in ("mask", "lacks", "normed")}
-        part = LayerTerms(
-            config, Layer(block, jnp.zeros((), int), ResidualStream(**fields, **about), post)
-        )
-        before = part.attention(by) if wants(kinds, ATTENTION_KINDS) else ()
-        return before, part.mlp(by) if wants(kinds, MLP_KINDS) else ()
-
-    return jax.vmap(one)(blocks, fields, post)
-
-
-def _rows(stream: ResidualStream, config: ModelConfig, listed: tuple[int, ...]) -> Any:
-    """Where these layers stand on the L axis of the stream."""
-    held = range(config.n_layers) if stream.layers is None else stream.layers
-    if not set(listed) <= set(held):
-        stream.need(all_layers=True)
-    return _places(held, listed)
-
-
-def _places(held: Any, wanted: tuple[int, ...]) -> slice | np.ndarray:
-    """Where these layers stand among others, as a slice if they follow one another."""
-    rows = [list(held).index(layer) for layer in wanted]
-    if rows == list(range(rows[0], rows[0] + len(rows))):
-        return slice(rows[0], rows[0] + len(rows))
-    return np.array(rows)

@@ -8,6 +8,7 @@ import numpy as np
 
 from arrakis_jax.core.axes import Array, Int
 from arrakis_jax.nn.transformer import Transformer
+from arrakis_jax.nn.walk import all_at_once
 from arrakis_jax.results.labels import Kind
 from arrakis_jax.stream.residuals import ResidualStream
 from arrakis_jax.terms.factors import AnyFactor, Factor
@@ -23,31 +24,18 @@ class StreamNorms:
 
     def __init__(self, model: Transformer, stream: ResidualStream, n_norms: int):
         """The first n norms of the model."""
-        blocks = [block for block, _ in model.stacks()]
-        pairs: list[list[Any]] = [[b.norm_attn for b in blocks], [b.norm_mlp for b in blocks]]
-
-        def alternating(stacks: list[Array]) -> Array:
-            stacked = jnp.stack(stacks, 1)
-            return stacked.reshape(-1, *stacked.shape[2:])[:n_norms]
-
-        scale = alternating([stream.norm_attn_scale, stream.norm_mlp_scale])
-        typical = jnp.exp(jnp.mean(jnp.log(scale), tuple(range(1, scale.ndim))))
-        ratios = typical.reshape(-1, *(1,) * (scale.ndim - 1)) / scale
+        scales = (stream.norm_attn_scale, stream.norm_mlp_scale)
+        scale = _alternating(*scales)[:n_norms]
+        self.typical = jnp.exp(jnp.mean(jnp.log(scale), tuple(range(1, scale.ndim))))
+        ratios = self.typical.reshape(-1, *(1,) * (scale.ndim - 1)) / scale
         ends = jnp.cumprod(jnp.flip(ratios, 0), 0)
         # after[j]: the coefficients' share of norms j and later.
-        self.after = jnp.concatenate([jnp.flip(ends, 0), jnp.ones_like(scale[:1])])[: n_norms + 1]
-        acc = model.config.acc
-        self.gain = jnp.ones((1, model.config.d_model), acc) / typical[:, None]
-        if pairs[0][0].gain is not None:
-            gains = [jnp.concatenate([n.gain for n in norms]) for norms in pairs]
-            self.gain = self.gain * alternating(gains)
-        self.real = stream.mask[..., None, None].astype(acc)
-        self.bias = None
-        if pairs[0][0].b is not None:
-            self.bias = alternating(
-                [jnp.concatenate([n.b[...].astype(acc) for n in norms]) for norms in pairs]
-            )
-        self.centre = pairs[0][0].centre
+        self.after = jnp.concatenate([jnp.flip(ends, 0), jnp.ones_like(scale[:1])])
+        norms = all_at_once(model, lambda place, _: (place.block.norm_attn, place.block.norm_mlp))
+        pairs = jax.tree.map(lambda *segments: jnp.concatenate(segments), *norms)
+        self.norms: Any = jax.tree.map(lambda *pair: _alternating(*pair)[:n_norms], *pairs)
+        self.real = stream.mask[..., None, None].astype(model.config.acc)
+        self.acc = model.config.acc
         self.before = int(model.config.norm_placement == "stream_before")
         self.n_norms = n_norms
 
@@ -58,14 +46,13 @@ class StreamNorms:
 
     def _mapped(self, x: Array, start: Int[Array, " n"]) -> Array:
         start = start.reshape(-1, *(1,) * (x.ndim - 1))
-        x = x.astype(self.gain.dtype)
 
-        def step(x: Array, norm: tuple[Array, Array]) -> tuple[Array, None]:
-            j, gain = norm
-            mapped = self.centre(x) * gain.reshape(*(1,) * (x.ndim - 1), -1)
-            return jnp.where(start <= j, mapped, x), None
+        def step(x: Array, norm_j: tuple[Array, Any, Array]) -> tuple[Array, None]:
+            j, norm, typical = norm_j
+            return jnp.where(start <= j, norm.linear(x) / typical, x), None
 
-        return jax.lax.scan(step, x, (jnp.arange(self.n_norms), self.gain))[0]
+        norms = (jnp.arange(self.n_norms), self.norms, self.typical)
+        return jax.lax.scan(step, x.astype(self.acc), norms)[0]
 
     def terms(
         self, written: tuple[AnyFactor, ...], layers: tuple[int, ...], half: int
@@ -74,11 +61,18 @@ class StreamNorms:
         norms = 2 * np.array(layers) + half
         start = np.minimum(norms + self.before, self.n_norms)
         carried = [self(factor, start) for factor in written]
-        if self.bias is None:
+        if self.norms.b is None:
             return tuple(carried)
         # A norm that is not reached (the last layer's MLP at resid_mid) is cut off later.
-        bias = self.bias[np.minimum(norms, self.n_norms - 1)][:, None, None]
+        bias = self.norms.b[...].astype(self.acc)
+        bias = bias[np.minimum(norms, self.n_norms - 1)][:, None, None]
         ones = jnp.broadcast_to(self.real, (len(layers), *self.real.shape))
         factor = Factor(ones, bias, Kind("norm_bias", range(half, half + 1)))
         own = self(factor, np.minimum(norms + 1, self.n_norms))
         return (own, *carried) if self.before else (*carried, own)
+
+
+def _alternating(of_attention: Array, of_mlps: Array) -> Array:
+    """`[2L,...]`, in the order in which the norms are met."""
+    stacked = jnp.stack([of_attention, of_mlps], 1)
+    return stacked.reshape(-1, *stacked.shape[2:])

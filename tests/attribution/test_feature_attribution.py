@@ -2,16 +2,29 @@
 
 import functools
 import warnings
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrakis_jax import Set, Transformer, demo_model, encode, feature_attribution, run
-from arrakis_jax.attribution.feature_attribution import METHODS
-from arrakis_jax.attribution.integrated_gradients import DOUBLINGS, RULES, rule_nodes
+from arrakis_jax import (
+    GradTimesInput,
+    IntegratedGradients,
+    Occlusion,
+    Saliency,
+    Set,
+    SmoothGrad,
+    Transformer,
+    ValueZeroing,
+    demo_model,
+    encode,
+    feature_attribution,
+    run,
+)
+from arrakis_jax.attribution.feature_attribution import FEATURE_METHODS
+from arrakis_jax.attribution.integrated_gradients import DOUBLINGS, QUADRATURE_RULES, rule_nodes
 from arrakis_jax.attribution.saliency import table_std
 from tests.models import batch, close, compilations, model
 from tests.targets import MANY, Sum
@@ -121,7 +134,7 @@ def test_smooth_grad_against_a_loop(x64):
     close(still.tokens, attribute(m, "saliency").tokens, 1e-12)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", QUADRATURE_RULES)
 def test_integrated_gradients_against_the_sum_written_out(rule, x64):
     nodes = {
         "left": [0, 1 / 4, 2 / 4, 3 / 4],
@@ -155,7 +168,7 @@ def test_the_error_falls_at_the_rules_order(x64):
         assert np.log2(error(rule, 64) / error(rule, 128)) == pytest.approx(order, abs=0.1), rule
     assert error("gauss_legendre", 32) < 1e-2 * error("midpoint", 128)
     assert error("gauss_legendre", 64) < 1e-12
-    for rule in RULES:
+    for rule in QUADRATURE_RULES:
         for n in (1, 2, 9):
             node, weight = rule_nodes(rule, n)
             assert weight.sum() == pytest.approx(1, abs=1e-15)
@@ -292,7 +305,7 @@ def test_a_zero_baseline_is_warned_of_where_it_is_singular():
     ask(model("gpt2"), baseline="zero", **path)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FEATURE_METHODS)
 def test_padded_equals_one_by_one(method, x64):
     m = model("gpt2", dtype="float64")
     options = FEW.get(method, {})
@@ -346,7 +359,7 @@ def test_nothing_depends_on_how_many_are_run_at_once(method, options, x64):
     close(some.tokens, one.tokens, 1e-10)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FEATURE_METHODS)
 def test_one_compilation(method, x64):
     """New ids, tokens, positions, baselines, tolerances, noise and seeds compile nothing."""
     m = model("gpt2", dtype="float64")
@@ -426,7 +439,9 @@ def test_the_largest_tokens_and_the_table():
         ("grad_x_input", None, "the product of the token's embedding and the target's gradient"),
     ):
         assert replace(found, method=method, norm=norm).meaning.startswith(meaning)
-    assert {replace(found, method=method).meaning for method in METHODS} and found.norm is None
+    assert {
+        replace(found, method=method).meaning for method in FEATURE_METHODS
+    } and found.norm is None
 
 
 def test_bad_input():
@@ -491,4 +506,72 @@ def test_bad_input():
         (lambda: path(baseline=np.full(20, np.inf)), ValueError, "`baseline` must be finite"),
     ]:
         with pytest.raises(error, match=message), warnings.catch_warnings():
+            broken()
+
+
+AS_VALUES = [
+    ("saliency", Saliency, dict(norm="l1")),
+    ("grad_x_input", GradTimesInput, {}),
+    ("smooth_grad", SmoothGrad, dict(norm="signed", samples=3, noise=0.3, seed=7)),
+    ("integrated_gradients", IntegratedGradients, dict(steps=4, rule="left", baseline="zero")),
+    ("integrated_gradients", IntegratedGradients, dict(tolerance=1.0)),
+    ("occlusion", Occlusion, dict(baseline=5, step_batch=2)),
+    ("value_zeroing", ValueZeroing, dict(step_batch=2)),
+]
+
+
+@pytest.mark.parametrize("name, method, options", AS_VALUES)
+def test_a_method_as_a_value_is_its_name_with_options(name, method, options):
+    m = model("gpt2")
+    value, named = attribute(m, method(**options)), attribute(m, name, **options)
+    assert jax.tree.structure(value) == jax.tree.structure(named) and value.method == name
+    jax.tree.map(np.testing.assert_array_equal, value, named)
+
+
+def test_every_method_is_a_value_with_the_defaults_of_its_name():
+    assert {name for name, _, _ in AS_VALUES} == set(FEATURE_METHODS)
+    assert all(FEATURE_METHODS[name] is method for name, method, _ in AS_VALUES)
+    m = model("gpt2")
+    tolerances = [attribute(m, IntegratedGradients(tolerance=t)).steps for t in (None, 1e-3)]
+    np.testing.assert_array_equal(*tolerances)
+    assert attribute(m, Saliency()).norm == "l2"
+    with pytest.raises(FrozenInstanceError):
+        Saliency().norm = "l1"
+
+
+def test_methods_as_values_refuse_what_does_not_fit():
+    m = model("gpt2")
+    for broken, error, message in [
+        (lambda: Saliency(norm="max"), ValueError, "`norm` must be one of .* got 'max'"),
+        (lambda: Saliency(steps=4), TypeError, "steps"),
+        (lambda: SmoothGrad(samples=2.0), ValueError, "`samples` must be a positive int, got 2.0"),
+        (lambda: SmoothGrad(noise=-1), ValueError, "`noise` must be a number, 0 or more, got -1"),
+        (lambda: SmoothGrad(seed=0.5), ValueError, r"`seed` must be an int in \[0, 2\^32\)"),
+        (lambda: IntegratedGradients(rule="simpson"), ValueError, "`rule` must be one of"),
+        (lambda: IntegratedGradients(steps=0), ValueError, "`steps` must be a positive int or Non"),
+        (
+            lambda: IntegratedGradients(steps=4, tolerance=1e-4),
+            ValueError,
+            "`tolerance` must be None with `steps`, got 0.0001",
+        ),
+        (lambda: Occlusion(step_batch=True), ValueError, "`step_batch` must be a positive int"),
+        (
+            lambda: attribute(m, Occlusion(baseline=np.zeros(3))),
+            ValueError,
+            r"`baseline` must be of shape \(20,\).* got shape \(3,\)",
+        ),
+        (
+            lambda: attribute(m, IntegratedGradients(), steps=4),
+            ValueError,
+            r"`steps` must be left out with method=IntegratedGradients\(...\), got 4; "
+            r"write method=IntegratedGradients\(steps=...\)",
+        ),
+        (
+            lambda: attribute(m, Saliency(), steps=4),
+            ValueError,
+            r"`steps` must be left out with method=Saliency\(...\), got 4; it has no such option",
+        ),
+        (lambda: attribute(m, Saliency), ValueError, "`method` must be one of"),
+    ]:
+        with pytest.raises(error, match=message):
             broken()

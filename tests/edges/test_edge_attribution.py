@@ -1,12 +1,14 @@
 """edge_attribution: against gradients at every reader, attribution of nodes, exact patches."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
 
-from arrakis_jax import Add, Continuation, Logit, LogProb
+from arrakis_jax import EAP, EAPIG, Add, Continuation, Logit, LogProb
 from arrakis_jax.attribution.integrated_gradients import rule_nodes
 from arrakis_jax.attribution.residual_gradients import tapped_gradients, target_value
 from arrakis_jax.core.checks import checked_tokens
@@ -261,6 +263,39 @@ def test_bad_input():
             ValueError,
             "one whose stream is a sum of writes",
         ),
+    ]:
+        with pytest.raises(error, match=message):
+            function()
+
+
+def test_a_method_as_a_value_is_its_keywords():
+    m = model("gpt2", n_layers=1)
+    tokens = np.arange(4)[None]
+    call = functools.partial(edge_attribution, m, tokens, tokens[:, ::-1], TARGET)
+    for value, options in (
+        (EAP(), {}),
+        (EAPIG(steps=2), dict(steps=2)),
+        (
+            EAPIG(steps=3, along="activations", rule="midpoint", step_batch=2),
+            dict(steps=3, along="activations", rule="midpoint", step_batch=2),
+        ),
+    ):
+        by_value, by_keywords = call(method=value), call(**options)
+        assert by_value.method == by_keywords.method
+        jax.tree.map(np.testing.assert_array_equal, by_value, by_keywords)
+    for function, error, message in [
+        (lambda: EAPIG(), TypeError, "steps"),
+        (lambda: EAPIG(steps=0), ValueError, "`steps` must be an int"),
+        (lambda: EAPIG(steps=2, along="in"), ValueError, "`along` must be one of"),
+        (lambda: EAPIG(steps=2, rule="x"), ValueError, "`rule` must be one of"),
+        (lambda: EAPIG(steps=2, step_batch=0), ValueError, "`step_batch` must be an int"),
+        (lambda: call(method=EAPIG(steps=2), steps=2), ValueError, "`steps` must be left out with"),
+        (
+            lambda: call(method=EAP(), along="activations"),
+            ValueError,
+            r"`along` must be left out with method=EAP\(...\), got 'activations'; it has no such",
+        ),
+        (lambda: call(method="eap"), TypeError, r"`method` must be EAP\(\), EAPIG\(...\) or None"),
     ]:
         with pytest.raises(error, match=message):
             function()

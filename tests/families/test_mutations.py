@@ -17,7 +17,7 @@ from flax import nnx
 from transformers import AutoConfig
 
 from arrakis_jax import ModelConfig, Transformer, from_pretrained
-from arrakis_jax.core.config import ROPE_SCALINGS, RopeScaling
+from arrakis_jax.core.rope_scaling import ROPE_SCALINGS, RopeScaling
 from arrakis_jax.families import family_for
 from arrakis_jax.nn.norm import Norm
 from tests.families import reference

@@ -7,7 +7,7 @@ import pytest
 from arrakis_jax import Capture, NotCapturedError, run
 from arrakis_jax.core.axes import over
 from arrakis_jax.forward.source import batch_of, over_layers
-from arrakis_jax.frozen.attention import READ, read
+from arrakis_jax.frozen.attention import BROUGHT_FIELDS, attention_brought
 from tests.models import VARIANTS, batch, close, model
 
 
@@ -18,7 +18,7 @@ def test_what_attention_reads_is_all_that_it_writes(variant, x64):
     tokens, mask, _ = batch()
 
     def step(state, layer):
-        r = read(m, layer)
+        r = attention_brought(m, layer)
         brought = jnp.einsum("BHTS,BSHK,HKD->BTD", r.pattern, r.v, r.w_o) * r.share[..., None]
         norm, attn = layer.block.norm_attn_out, layer.block.attn
         zero = jnp.zeros_like(brought)
@@ -37,9 +37,11 @@ def test_what_attention_reads_is_all_that_it_writes(variant, x64):
         total = jnp.where(layer.stream.mask[..., None], brought + r.own + bias, 0)
         return state + 1, (total, r.total, layer.resid_post)
 
-    ran = over_layers(m, jnp.asarray(tokens), jnp.asarray(mask), READ, jnp.zeros(()), step)
+    ran = over_layers(
+        m, jnp.asarray(tokens), jnp.asarray(mask), BROUGHT_FIELDS, jnp.zeros(()), step
+    )
     out = run(m, tokens, mask=mask, capture="all").residuals
-    again = over_layers(m, out, None, READ, jnp.zeros(()), step)
+    again = over_layers(m, out, None, BROUGHT_FIELDS, jnp.zeros(()), step)
     for passed in (ran, again):
         total, expected, post = passed.stacked
         close(total, expected, 1e-12)
@@ -58,9 +60,9 @@ def test_a_stream_must_hold_what_is_read():
         return state, None
 
     with pytest.raises(NotCapturedError, match="'pattern'"):
-        over_layers(m, run(m, tokens).residuals, None, READ, None, step)
-    some = run(m, tokens, capture=Capture(READ, layers=(0,))).residuals
+        over_layers(m, run(m, tokens).residuals, None, BROUGHT_FIELDS, None, step)
+    some = run(m, tokens, capture=Capture(BROUGHT_FIELDS, layers=(0,))).residuals
     with pytest.raises(NotCapturedError, match="all layers"):
-        over_layers(m, some, None, READ, None, step)
+        over_layers(m, some, None, BROUGHT_FIELDS, None, step)
     with pytest.raises(ValueError, match="must be a batch"):
         batch_of(run(m, tokens).residuals.example(0))

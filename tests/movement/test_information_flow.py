@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from arrakis_jax import NotCapturedError, logit_attribution, run
-from arrakis_jax.frozen.attention import Read
+from arrakis_jax.frozen.attention import Brought
 from arrakis_jax.movement import contributions
 from arrakis_jax.movement.information_flow import FLOW_METHODS, TO_LOGITS, information_flow
 from tests.cost import arrays, flops
@@ -109,7 +109,7 @@ def test_blocks_of_any_size(blocks, monkeypatch, x64):
     f = np.einsum("bhts,bshk,hkd,bt->btshd", a, v, w_o, share)
     y = f.sum((2, 3)) + own
     arrays = [jnp.asarray(x) for x in (a, v, w_o, share, own, y, f.sum((2, 3)), 0 * y)]
-    brings = Read(*arrays)
+    brings = Brought(*arrays)
     phi = f.sum(3)
     close(contributions.brought_norms(brings), np.linalg.norm(phi, axis=-1), 1e-12)
     close(contributions.brought_nearness(brings, arrays[5]), nearness(phi, y[:, :, None]), 1e-12)
@@ -273,7 +273,7 @@ def test_what_heads_bring_exists_for_a_block_of_positions(monkeypatch):
     b, t, h, k, d = 2, 16, 6, 4, 500
     monkeypatch.setattr(contributions, "HEAD_ELEMENTS", 2 * b * h * d)
     shapes = ((b, h, t, t), (b, t, h, k), (h, k, d), (b, t), *[(b, t, d)] * 4)
-    brings = Read(*[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes])
+    brings = Brought(*[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes])
     jaxpr = jax.make_jaxpr(contributions.brought_norms)(brings)
     assert max(arrays(jaxpr.jaxpr)) == 2 * b * h * d
 

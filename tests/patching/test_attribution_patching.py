@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arrakis_jax import KL, Capture, Logit, residual_gradients, run
+from arrakis_jax import KL, AtP, AtPStar, Capture, Logit, residual_gradients, run
 from arrakis_jax.patching.attribution_patching import attribution_patching
 from arrakis_jax.stream.edits import HEAD_SITES
 from arrakis_jax.stream.fields import UNSTACKED
@@ -216,3 +216,28 @@ def test_divergence_has_no_slope_at_its_reference(x64):
         m, clean, corrupt, KL(reference), sites="z", mask=mask, base="corrupt"
     )
     assert np.abs(noising.effects).max() < 1e-12 < 1e-3 < np.abs(denoising.effects).max()
+
+
+def test_a_method_as_a_value_is_its_name_with_options():
+    m, (clean, corrupt, mask) = model("gpt2"), pair_of()
+    patching = functools.partial(attribution_patching, m, clean, corrupt, TARGET, mask=mask)
+    for value, options in (
+        (AtP(), dict(method="atp")),
+        (AtP(steps=2), dict(method="atp", steps=2)),
+        (AtPStar(), dict(method="atp_star")),
+        (AtPStar(grad_drop=True), dict(method="atp_star", grad_drop=True)),
+    ):
+        by_value, by_name = patching(method=value), patching(**options)
+        assert by_value.method == by_name.method
+        jax.tree.map(np.testing.assert_array_equal, by_value, by_name)
+    for function, error, message in [
+        (lambda: AtP(steps=0), ValueError, "`steps` must be an int"),
+        (lambda: AtP(grad_drop=True), TypeError, "grad_drop"),
+        (lambda: AtPStar(grad_drop="no"), TypeError, "`grad_drop` must be True or False, got 'no'"),
+        (lambda: patching(method=AtP(steps=2), patch="zero"), ValueError, "`steps` must be None"),
+        (lambda: patching(method=AtP(), steps=2), ValueError, r"write method=AtP\(steps=...\)"),
+        (lambda: patching(method=AtPStar(), steps=2), ValueError, "it has no such option"),
+        (lambda: patching(method=AtPStar), ValueError, "`method` must be one of"),
+    ]:
+        with pytest.raises(error, match=message):
+            function()
