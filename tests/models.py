@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from arrakis_jax import ModelConfig, RopeScaling, Transformer, config_for
@@ -94,6 +95,30 @@ VARIANTS = {
 }
 
 
+# One variant of each kind of block; the others add options to these.
+KINDS = ("llama", "gpt2", "post", "both", "parallel", "stream_after", "mixed", "gpt_oss")
+
+
+# Each way of splitting a sum into terms once, in a kind of block where it does most.
+WAYS = (
+    ("llama", "component"), ("gpt2", "head"), ("post", "source"), ("both", "neuron"),
+    ("parallel", "head"), ("stream_after", "source"), ("mixed", "expert"), ("mixed", "neuron"),
+    ("gpt_oss", "source"),
+)  # fmt: skip
+
+
+def chosen(parameters, default=KINDS):
+    """All parameters of a test; those outside `default` run only with `-m exhaustive`."""
+    return [
+        each
+        if each in default
+        else pytest.param(
+            *(each if isinstance(each, tuple) else (each,)), marks=pytest.mark.exhaustive
+        )
+        for each in parameters
+    ]
+
+
 def config(variant: str = "llama", **changes) -> ModelConfig:
     return ModelConfig(**BASE | VARIANTS[variant] | changes)
 
@@ -118,7 +143,10 @@ def randomised(model: Transformer, seed: int = 0) -> Transformer:
 
 
 def model(variant: str = "llama", *, seed: int = 0, **changes) -> Transformer:
-    described = config(variant, **changes)
+    return built(config(variant, **changes), seed)
+
+
+def built(described: ModelConfig, seed: int = 0) -> Transformer:
     return randomised(nnx.eval_shape(lambda: Transformer(described, rngs=nnx.Rngs(0))), seed)
 
 

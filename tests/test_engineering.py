@@ -55,7 +55,7 @@ from arrakis_jax import (
 )
 from arrakis_jax.movement.information_flow import FLOW_METHODS
 from tests.cost import dots, flops, temporary
-from tests.models import batch, close, gpt2_small, model
+from tests.models import batch, chosen, close, gpt2_small, model
 
 TOKENS, MASK, _ = batch(lengths=(6, 4))
 TOKENS = np.where(MASK, TOKENS, 0)
@@ -175,6 +175,9 @@ ENTRIES = [name for name in TOOLS if hasattr(arrakis_jax, name)] + [
     "saliency", "integrated_gradients_doubling", "smooth_grad", "occlusion", "value_zeroing",
     "attribution_patching_star", "target_continuation",
 ]  # fmt: skip
+# Of each kind of entry one: what the others run in bfloat16 is the same entry.
+WITH_OPTIONS = ("run", "resume", "logit_attribution", "logit_lens", "movement_matrix",
+                "head_scores", "residual_gradients", "patch_sweep")  # fmt: skip
 # Without reverse-mode differentiation, as documented: loops whose length is traced, ranks.
 FORWARD_ONLY = (
     "integrated_gradients_doubling", "patch_sweep", "patch_sweep_of_heads", "path_patching",
@@ -252,6 +255,32 @@ def test_attribution_at_every_position_costs_one_forward(by):
     assert temporary(tool, m, tokens) - temporary(forward, m, tokens) <= megabytes * 1e6
 
 
+def test_the_largest_neurons_need_no_room_for_the_others_past_norms_on_the_stream():
+    """OPT-350m's shape: directions for each layer and position, a quarter of the terms, no term."""
+    config = config_for(
+        "opt", hidden_size=1024, word_embed_proj_dim=512, num_hidden_layers=24,
+        num_attention_heads=16, ffn_dim=4096, do_layer_norm_before=False,
+    )  # fmt: skip
+    assert config.norm_placement == "stream_after"
+    m = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    tokens = jax.ShapeDtypeStruct((8, 128), jnp.int32)
+
+    def forward(m, t):
+        return m(t, capture=("final",)).residuals.final
+
+    def tool(m, t):
+        return top_attribution(m, t, jnp.roll(t, -1, 1), 10, by="neuron", position=None).terms
+
+    def last(m, t):
+        return top_attribution(m, t, t[:, -1], 10, by="neuron").terms
+
+    terms = 24 * 4096 * 8 * 128 * 4
+    directions = 24 * 1024 * 8 * 128 * 4
+    plain = temporary(forward, m, tokens)
+    assert temporary(tool, m, tokens) - plain <= directions + terms / 8
+    assert temporary(last, m, tokens) - plain <= terms / 12
+
+
 def test_the_largest_neurons_need_no_room_for_the_others():
     m, tokens = gpt2_small(), jax.ShapeDtypeStruct((8, 128), jnp.int32)
 
@@ -298,7 +327,18 @@ def test_every_float32_product_is_at_the_configs_precision(tool):
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_exports_for_tpu_and_cuda(tool):
-    """Lowered for accelerators on the CPU, serialised, loaded; an entry runs, too, on the CPU."""
+    """Lowered for accelerators on the CPU, serialised, loaded."""
+    exported(tool)
+
+
+@pytest.mark.parametrize("tool", chosen(ENTRIES, WITH_OPTIONS))
+def test_exports_run(tool):
+    loaded, flat, args = exported(tool)
+    all_near(loaded.call(*args), flat(*args))
+
+
+def exported(tool):
+    """The tool as it is loaded again, the function that was exported, and its arguments."""
     m = model("gpt2")
     leaves, structure = jax.tree.flatten(m)
 
@@ -306,15 +346,14 @@ def test_exports_for_tpu_and_cuda(tool):
         return jax.tree.leaves(TOOLS[tool](jax.tree.unflatten(structure, leaves), t, k))
 
     args = (leaves, jnp.asarray(TOKENS), jnp.asarray(MASK))
-    exported = export.export(jax.jit(flat), platforms=("cpu", "cuda", "tpu"))(*args)
-    loaded = export.deserialize(exported.serialize())
+    program = export.export(jax.jit(flat), platforms=("cpu", "cuda", "tpu"))(*args)
+    loaded = export.deserialize(program.serialize())
     assert len(loaded.out_avals) == len(jax.tree.leaves(jax.eval_shape(flat, *args)))
-    if tool in ENTRIES:
-        all_near(loaded.call(*args), flat(*args))
+    return loaded, flat, args
 
 
 @pytest.mark.filterwarnings("ignore:integrated gradients")  # its gap is bfloat16's rounding
-@pytest.mark.parametrize("tool", ENTRIES)
+@pytest.mark.parametrize("tool", chosen(ENTRIES, WITH_OPTIONS))
 def test_bfloat16_under_jit_grad_and_scan(tool):
     """The entry with compiler options is for the outermost call only."""
     m = model("gpt2", dtype="bfloat16")
@@ -371,14 +410,26 @@ def test_the_compiler_options_are_a_callers_too():
     close(call(m, TOKENS), run(m, TOKENS).residuals.final, 5e-2)
 
 
-def test_float64_is_float64_everywhere(x64):
-    m = model("llama3", dtype="float64")
-    for tool in TOOLS.values():
-        for leaf in jax.tree.leaves(tool(m, TOKENS, MASK)):
-            assert leaf.dtype in (jnp.float64, jnp.int32, jnp.int64, bool)
+@pytest.mark.parametrize("tool", TOOLS)
+def test_float64_is_float64_everywhere(tool, x64):
+    """Traced and not run: the tests of each tool compare it in float64."""
+    found = jax.eval_shape(TOOLS[tool], model("llama3", dtype="float64"), TOKENS, MASK)
+    for leaf in jax.tree.leaves(found):
+        assert leaf.dtype in (jnp.float64, jnp.int32, jnp.int64, bool)
 
 
-def test_sharded_model_gives_the_same_numbers():
+SHARDED = (
+    "logit_attribution", "logit_attribution_by_source", "top_attribution", "attribute_to",
+    "attribute_movement", "logit_lens", "residual_gradients", "movement_matrix", "linear_cka",
+    "information_flow_value_weighted", "information_flow_alti_logit_complete", "flow_routes",
+    "composition_scores", "head_scores", "saliency", "integrated_gradients", "occlusion",
+    "target_kl", "attribution_patching", "attribution_patching_star", "edge_attribution",
+    "patch_sweep_of_heads", "path_patching", "run_circuit", "token_faithfulness",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("tool", chosen(SHARDED, (*WITH_OPTIONS, "path_patching")))
+def test_sharded_model_gives_the_same_numbers(tool):
     """Eight virtual devices: batch on `data`, heads and hidden widths on `model`."""
     from arrakis_jax.checkpoint import partition
 
@@ -395,31 +446,4 @@ def test_sharded_model_gives_the_same_numbers():
     sharded = jax.tree.unflatten(structure, [place(*item) for item in paths])
     data = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     tokens, mask = (jax.device_put(x, data) for x in (TOKENS, MASK))
-    for tool in (
-        "logit_attribution",
-        "logit_attribution_by_source",
-        "top_attribution",
-        "attribute_to",
-        "attribute_movement",
-        "logit_lens",
-        "residual_gradients",
-        "movement_matrix",
-        "linear_cka",
-        "information_flow_value_weighted",
-        "information_flow_alti_logit_complete",
-        "flow_routes",
-        "composition_scores",
-        "head_scores",
-        "saliency",
-        "integrated_gradients",
-        "occlusion",
-        "target_kl",
-        "attribution_patching",
-        "attribution_patching_star",
-        "edge_attribution",
-        "patch_sweep_of_heads",
-        "path_patching",
-        "run_circuit",
-        "token_faithfulness",
-    ):
-        all_near(TOOLS[tool](sharded, tokens, mask), TOOLS[tool](m, TOKENS, MASK), 1e-5)
+    all_near(TOOLS[tool](sharded, tokens, mask), TOOLS[tool](m, TOKENS, MASK), 1e-5)

@@ -45,6 +45,8 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module != "arrakis_jax":
             found.add(node.module)
+            if not node.module.startswith("arrakis_jax"):  # what is imported may be a module
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return found
@@ -126,3 +128,29 @@ def test_top_level_holds_only_what_it_should():
     built = {"build", "dist", "arrakis_jax.egg-info"}
     wanted = {"pyproject.toml", "README.md", "LICENSE", "arrakis_jax", "tests", "benchmarks"}
     assert found - built <= wanted
+
+
+def test_tests_stand_alone():
+    """No test file imports another or the benchmarks, whose own tests lie beside them."""
+    tests = Path(__file__).parent
+    wrong = [
+        f"{path.relative_to(tests)} imports {module}"
+        for path in tests.rglob("*.py")
+        for module in imports(path)
+        if module.split(".")[0] == "benchmarks"
+        or any(name.startswith("test_") for name in module.split("."))
+    ]
+    assert not wrong
+    benchmarks = tests.parent / "benchmarks"
+    assert {path.name for path in benchmarks.rglob("test_*.py")} == {"test_benchmarks.py"}
+    assert not list(tests.rglob("test_benchmarks.py"))
+
+
+def test_exhaustive_tests_leave_some_of_every_file():
+    """No file of tests is exhaustive as a whole: what it tests is tested by default, too."""
+    for path in Path(__file__).parent.rglob("test_*.py"):
+        tree = ast.parse(path.read_text())
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        tests = [f for f in functions if f.name.startswith("test_")]
+        marked = [f for f in tests if any("exhaustive" in ast.dump(d) for d in f.decorator_list)]
+        assert len(marked) < len(tests), path.name

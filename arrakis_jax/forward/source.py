@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from arrakis_jax.core.axes import Array, Bool, Float, Int
 from arrakis_jax.core.checks import Mask, Tokens, checked_tokens, host
 from arrakis_jax.core.errors import expected
 from arrakis_jax.nn.transformer import Layer, Transformer
-from arrakis_jax.nn.walk import PerSegment, Place, Walked, rows_of, walk
+from arrakis_jax.nn.walk import PerSegment, Place, Walked, rows_of, segment_layers, walk
 from arrakis_jax.stream.capture import Capture
 from arrakis_jax.stream.fields import SEGMENTED, UNSTACKED
 from arrakis_jax.stream.padding import Padding, select_positions
@@ -223,7 +223,7 @@ def layer_fields(
         value = getattr(stream, name)
         if not (name in SEGMENTED and isinstance(value, tuple)):
             return rows_at(value, rows_of(held, wanted))
-        segments = [own for _, own in model.stacks()]
+        segments = segment_layers(model)
         rows = [
             rows_of([i for i in held if i in own], [i for i in wanted if i in own])
             for own in segments
@@ -299,35 +299,3 @@ def stream_of(source: Any, mask: Mask | None = None) -> ResidualStream | None:
             got, do = "another one", "leave it out"
             raise ValueError(expected("mask", "the stream's own, or None", got, do))
     return stream
-
-
-# Kept until every method has one entry.
-class Passed(NamedTuple):
-    """Old."""
-
-    stream: Any
-    state: Any
-    found: list[Any]
-
-    @property
-    def stacked(self) -> Any:
-        """Old."""
-        return Walked(self.state, self.found).found
-
-
-def over_layers(model: Any, source: Any, mask: Any, fields: Any, state: Any, step: Any) -> Any:
-    """Old."""
-    captured = source if isinstance(source, ResidualStream) else None
-    tokens = None if captured is not None else source
-    mask = mask if captured is None else captured.mask
-    whole = Source(tokens=tokens, mask=mask, captured=captured)
-    stream, walked = whole.over_layers(model, fields, state, step)
-    return Passed(stream, *walked)
-
-
-def over_points(run, read, model, tokens, mask, check, *, first, least=0, **options):
-    """Old."""
-    source = point_source(model, tokens, mask, check, first=first, least=least)
-    if source.captured is not None:
-        return read(model, source.captured, first=bool(first), **options)
-    return run(model, source.tokens, source.mask, first=bool(first), **options)

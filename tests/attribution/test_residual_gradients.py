@@ -7,7 +7,7 @@ import pytest
 
 from arrakis_jax import Add, Capture, residual_gradients, run
 from arrakis_jax.stream.fields import INTERNAL, SCALES, STREAM, UNSTACKED
-from tests.models import VARIANTS, batch, close, compilations, model
+from tests.models import VARIANTS, batch, chosen, close, compilations, model
 
 SITES = (*STREAM, *INTERNAL)
 
@@ -19,8 +19,10 @@ def value(m, tokens, mask, edits, target=3, against=4):
 
 
 @pytest.mark.parametrize(
-    "variant", ["llama3", "gpt2", "both", "shared_norm", "stream_after", "moe", "gpt_oss"]
-)
+    "variant",
+    chosen(["llama3", "gpt2", "both", "shared_norm", "stream_after", "moe", "gpt_oss"],
+           ["both", "moe"]),
+)  # fmt: skip
 def test_joint_taps_equal_finite_differences(variant, x64):
     """G11: the directional derivative at every site, by central differences."""
     m = model(variant, dtype="float64")
@@ -47,7 +49,7 @@ def test_joint_taps_equal_finite_differences(variant, x64):
         np.testing.assert_allclose(change, expected, rtol=1e-6, atol=1e-11, err_msg=site)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", chosen(VARIANTS, ["gpt2", "both", "stream_after", "mixed"]))
 def test_joint_equals_one_at_a_time(variant, x64):
     m = model(variant, dtype="float64")
     tokens, mask, _ = batch(lengths=(5, 3))
@@ -62,7 +64,7 @@ def test_joint_equals_one_at_a_time(variant, x64):
             logits = m(jnp.asarray(tokens), mask=mask, taps={site: tap}).logits
             return logits[jnp.arange(2), jnp.array(positions), 3].sum()
 
-        one = jax.grad(total)(jnp.zeros(getattr(found, site).shape))
+        one = jax.jit(jax.grad(total))(jnp.zeros(getattr(found, site).shape))
         close(getattr(found, site), one, 1e-12, site)
 
 
@@ -82,7 +84,7 @@ def test_fields_and_padding():
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both", "holes"])
-@pytest.mark.parametrize("variant", ["gpt2", "moe"])
+@pytest.mark.parametrize("variant", chosen(["gpt2", "moe"], ["gpt2"]))
 def test_padded_equals_one_by_one(variant, side, x64):
     m = model(variant, dtype="float64")
     tokens, mask, prompts = batch(side=side)

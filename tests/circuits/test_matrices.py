@@ -8,7 +8,7 @@ from jax import export
 
 from arrakis_jax import RopeScaling, run
 from arrakis_jax.circuits.matrices import ov_matrices, qk_matrices
-from tests.models import VARIANTS, close, compilations, model
+from tests.models import KINDS, VARIANTS, chosen, close, compilations, model
 
 YARN = RopeScaling(
     kind="yarn", factor=4.0, beta_fast=2.0, beta_slow=0.5, original_max_positions=8,
@@ -59,7 +59,9 @@ def own_scores(m, stream):
     return np.einsum("lbihk,lbjhk->lbhij", np.asarray(stream.q), k)
 
 
-@pytest.mark.parametrize("name", SCORED)
+@pytest.mark.parametrize(
+    "name", chosen(SCORED, [*KINDS, "stream_before", "yarn", "layernorm_all_heads", "mqa"])
+)
 def test_scores_of_the_forward(name, x64):
     m = built(name)
     stream = captured(m)

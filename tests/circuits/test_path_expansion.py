@@ -7,7 +7,7 @@ import pytest
 from arrakis_jax import run
 from arrakis_jax.circuits.path_expansion import Path, path_expansion
 from arrakis_jax.circuits.virtual_head import virtual_head
-from tests.models import batch, close, compilations, model
+from tests.models import batch, chosen, close, compilations, model
 
 TARGETS, AGAINST = np.array([3, 30, 0, 7, 7]), np.array([4, 2, 9, 1, 30])
 ONLY = dict(n_layers=2, d_mlp=0, gated=False, mlp_bias=False, activation="identity")
@@ -37,7 +37,9 @@ def made(name, **changes):
     return model(variant, **own | dict(dtype="float64") | changes)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", chosen(MODELS, ["llama", "gpt2", "both", "post_layernorm", "parallel", "with_mlp"])
+)
 def test_all_paths_sum_to_the_logit(name, x64):
     m = made(name)
     tokens, mask, _ = batch(side="holes")

@@ -1,6 +1,7 @@
 """attribute_to and attribute_movement: terms along a direction, and of a movement."""
 
 from functools import partial
+from itertools import product
 
 import jax
 import numpy as np
@@ -16,10 +17,10 @@ from arrakis_jax import (
     run,
 )
 from tests.decomposition.points import points
-from tests.models import VARIANTS, batch, close, model
+from tests.models import VARIANTS, WAYS, batch, chosen, close, model
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", chosen(VARIANTS, ["gpt2", "both", "stream_after", "mixed"]))
 def test_terms_sum_to_the_product_at_every_point(variant):
     m = model(variant)
     tokens, mask, _ = batch()
@@ -33,8 +34,11 @@ def test_terms_sum_to_the_product_at_every_point(variant):
         np.testing.assert_allclose(found.terms.sum(0), found.value, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("variant", ["llama3", "gpt2", "both", "parallel", "shared_norm", "mixed",
-                                     "bare_norm", "stream_before"])  # fmt: skip
+@pytest.mark.parametrize(
+    "variant",
+    chosen(["llama3", "gpt2", "both", "parallel", "shared_norm", "mixed", "bare_norm",
+            "stream_before"], ["gpt2", "both", "shared_norm", "mixed"]),
+)  # fmt: skip
 def test_what_a_neuron_and_a_head_read_is_explained(variant, x64):
     """Through the norm of the reader: the terms and the constant are its input's product."""
     m = model(variant, dtype="float64")
@@ -103,8 +107,9 @@ def test_many_directions_and_one_per_position(x64):
     assert table["direction"][:4] == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("by", ["component", "source", "neuron"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "by"), chosen(product(VARIANTS, ["component", "source", "neuron"]), WAYS)
+)
 def test_a_movement_is_split_exactly(variant, by):
     m = model(variant)
     if by == "neuron" and not (m.config.d_mlp or m.config.n_experts):

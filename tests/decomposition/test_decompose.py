@@ -1,5 +1,7 @@
 """decompose, residual_decomposition: the terms sum to the stream at every point."""
 
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ from arrakis_jax import (
     run,
 )
 from tests.decomposition.points import points
-from tests.models import VARIANTS, batch, close, model
+from tests.models import VARIANTS, WAYS, batch, chosen, close, model
 
 
 def relative(terms, x):
@@ -32,8 +34,7 @@ def relative(terms, x):
 BY = ["component", "head", "neuron", "expert", "source"]
 
 
-@pytest.mark.parametrize("by", BY)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "by"), chosen(product(VARIANTS, BY), WAYS))
 def test_terms_sum_to_every_stream_point(variant, by):
     m = model(variant)
     if by == "expert" and not m.config.n_experts:
@@ -52,19 +53,21 @@ def test_terms_sum_to_every_stream_point(variant, by):
 
 @pytest.mark.parametrize("by", ["component", "head", "neuron", "source"])
 @pytest.mark.parametrize(
-    "variant", ["llama3", "gpt2", "both", "stream_after", "stream_before", "mixed"]
+    "variant",
+    chosen(["llama3", "gpt2", "both", "stream_after", "stream_before", "mixed"], ["both"]),
 )
 def test_terms_sum_in_float64(variant, by, x64):
     m = model(variant, dtype="float64")
     tokens, mask, _ = batch()
     out = run(m, tokens, mask=mask, capture="all")
     assert out.logits.dtype == out.residuals.norm_attn_scale.dtype == np.float64
-    for at, x in points(out.residuals, 3):
+    every = list(points(out.residuals, 3))
+    for at, x in every if variant == "both" else every[::4]:
         assert relative(decompose(m, out, at=at, by=by).terms, x) < 1e-12
 
 
-@pytest.mark.parametrize("by", ["component", "head"])
-@pytest.mark.parametrize("variant", ["llama3", "gpt2", "attention_only"])
+@pytest.mark.parametrize("by", chosen(["component", "head"], ["head"]))
+@pytest.mark.parametrize("variant", chosen(["llama3", "gpt2", "attention_only"], ["gpt2"]))
 def test_the_rounding_of_a_bfloat16_stream_is_a_term(variant, by):
     """With it the terms sum as in float32; without it they do not (METHOD of the rounding term)."""
     m = model(variant, stream_dtype="bfloat16")
@@ -72,7 +75,8 @@ def test_the_rounding_of_a_bfloat16_stream_is_a_term(variant, by):
     out = run(m, tokens, mask=mask, capture="all")
     assert out.residuals.resid_mid.dtype == out.residuals.final.dtype == jnp.bfloat16
     assert out.residuals.attn_out.dtype == jnp.float32
-    for at, x in points(out.residuals, 3):
+    every = list(points(out.residuals, 3))
+    for at, x in every if variant == "gpt2" else every[::4]:
         parts = decompose(m, out, at=at, by=by)
         assert relative(parts.terms, x.astype(jnp.float32)) < 1e-6, at
     kept = np.array([i for i, label in enumerate(parts.labels) if "rounding" not in label.kind])
@@ -127,7 +131,9 @@ def test_terms_are_what_their_labels_say():
         heads.labels[26]
 
 
-@pytest.mark.parametrize("variant", ["gpt2", "both", "stream_after", "mixed", "gpt_oss"])
+@pytest.mark.parametrize(
+    "variant", chosen(["gpt2", "both", "stream_after", "mixed", "gpt_oss"], ["both", "gpt_oss"])
+)
 def test_projections_and_norms_never_expand_and_equal_the_expanded(variant):
     m = model(variant)
     tokens, mask, _ = batch()
@@ -193,7 +199,7 @@ def test_jit_vmap_and_grad():
     assert np.isfinite(gradient.w_e[...]).all() and np.abs(gradient.w_e[...]).max() > 0
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", chosen(VARIANTS))
 def test_residual_decomposition_sums_exactly(variant):
     m = model(variant)
     tokens, mask, _ = batch()

@@ -11,7 +11,7 @@ from flax import nnx
 from arrakis_jax import Capture, NotCapturedError, Transformer, config_for, run
 from arrakis_jax.decomposition import logit_lens as lens
 from arrakis_jax.decomposition.logit_lens import logit_lens
-from tests.models import VARIANTS, batch, close, compilations, model
+from tests.models import KINDS, VARIANTS, batch, chosen, close, compilations, model
 
 TARGETS = np.array([3, 30, 0, 7, 29])
 FIELDS = ("logit", "log_prob", "rank", "top_tokens", "top_log_probs", "entropy", "kl")
@@ -55,8 +55,10 @@ def points_of(m, r, names):
 
 @pytest.mark.parametrize(
     ("variant", "chunk"),
-    [*((v, 7) for v in VARIANTS), ("gpt2", None), ("both", 31), ("both", 1), ("stream_after", 1)],
-)
+    chosen([*((v, 7) for v in VARIANTS), ("gpt2", None), ("both", 31), ("both", 1),
+            ("stream_after", 1)],
+           [*((v, 7) for v in KINDS), ("gpt2", None), ("both", 31), ("both", 1)]),
+)  # fmt: skip
 def test_against_numpy(variant, chunk, x64):
     m = model(variant, dtype="float64")
     tokens, mask, _ = batch()

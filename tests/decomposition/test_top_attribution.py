@@ -5,13 +5,15 @@ import numpy as np
 import pytest
 
 from arrakis_jax import decompose, logit_attribution, run, top_attribution
-from tests.models import batch, close, compilations, model
+from tests.models import batch, chosen, close, compilations, model
 
 
 @pytest.mark.parametrize("by", ["component", "neuron", "source"])
 @pytest.mark.parametrize(
-    "variant", ["gpt2", "both", "attention_only", "stream_after", "mixed", "mixed_more", "moe"]
-)
+    "variant",
+    chosen(["gpt2", "both", "attention_only", "stream_after", "mixed", "mixed_more", "moe"],
+           ["both", "attention_only", "mixed"]),
+)  # fmt: skip
 def test_they_are_those_of_the_whole(variant, by, x64):
     m = model(variant, dtype="float64")
     tokens, mask, _ = batch()

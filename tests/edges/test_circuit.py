@@ -14,7 +14,7 @@ from arrakis_jax.edges.graph import WRITTEN, Graph, Node, writer_changes
 from arrakis_jax.edges.select import greedy_edges, pruned, top_edges
 from tests.cost import flops
 from tests.induction import N, V, induction_model
-from tests.models import close, compilations, gpt2_small, model
+from tests.models import chosen, close, compilations, gpt2_small, model
 from tests.patching.others import TARGET, pairs
 
 SITES = {"q": "q_in", "k": "k_in", "v": "v_in", "mlp": "mlp_in", "final": "final"}
@@ -37,7 +37,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", chosen(VARIANTS, ["shared_norm", "both", "mixed"]))
 def test_all_edges_are_the_clean_run_and_none_the_corrupt(variant, x64):
     m = model(variant, dtype="float64", n_layers=2, **VARIANTS[variant])
     clean, corrupt, mask, *_ = pairs()

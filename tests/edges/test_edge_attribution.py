@@ -16,7 +16,7 @@ from arrakis_jax.edges.edge_attribution import edge_attribution
 from arrakis_jax.edges.graph import WRITTEN, Graph, Node, writer_changes
 from arrakis_jax.forward.targets import checked_target
 from tests.cost import flops
-from tests.models import close, compilations, gpt2_small, model
+from tests.models import chosen, close, compilations, gpt2_small, model
 from tests.patching.others import TARGET, pairs
 
 
@@ -95,7 +95,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", chosen(VARIANTS, ["mixed"]))
 def test_the_sum_over_readers_is_attribution_patching(variant, x64):
     """G10, through norms of the output too: the gradient at z, mlp_out and the embedding."""
     m = model(variant, dtype="float64", n_layers=2, **VARIANTS[variant])
@@ -123,18 +123,21 @@ def test_the_sum_over_readers_is_attribution_patching(variant, x64):
     assert np.abs(found.effects)[found.graph.edges].min() > 0
 
 
-def test_gradients_at_every_reader_and_along_the_inputs(x64):
+@pytest.mark.parametrize(
+    ("rule", "steps", "step_batch"),
+    chosen([("left", 1, None), ("right", 3, None), ("trapezoid", 3, 3)], [("trapezoid", 3, 3)]),
+)
+def test_gradients_at_every_reader_and_along_the_inputs(rule, steps, step_batch, x64):
     """Against taps of zeros, which hold the gradient of every reader in full."""
     m = model("both", dtype="float64", n_layers=2, window_layers=(True, False))
     clean, corrupt, mask, *_ = pairs()
     ends = Ends(m, clean, corrupt, mask)
-    for rule, steps, step_batch in (("left", 1, None), ("right", 3, None), ("trapezoid", 3, 3)):
-        found = edge_attribution(
-            m, clean, corrupt, TARGET, mask=mask, steps=steps, rule=rule, step_batch=step_batch
-        )
-        close(found.effects, ends.along_inputs(rule, steps), 1e-12, rule)
-        close(found.base, ends.base, 1e-12)
-        close(found.source, ends.source, 1e-12)
+    found = edge_attribution(
+        m, clean, corrupt, TARGET, mask=mask, steps=steps, rule=rule, step_batch=step_batch
+    )
+    close(found.effects, ends.along_inputs(rule, steps), 1e-12, rule)
+    close(found.base, ends.base, 1e-12)
+    close(found.source, ends.source, 1e-12)
 
 
 def test_along_activations(x64):

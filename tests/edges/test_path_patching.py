@@ -11,7 +11,7 @@ from arrakis_jax.edges.path_patching import path_patching
 from arrakis_jax.forward.targets import Logit
 from arrakis_jax.patching.patch_sweep import patch_sweep
 from tests.induction import N, induction_model, induction_tokens
-from tests.models import close, compilations, model
+from tests.models import chosen, close, compilations, model
 from tests.patching.single import CAPTURE, TARGET, edited, linear, pairs, target_of, written
 
 EMBED, FINAL = (None, "embed"), (None, "final")
@@ -53,7 +53,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", CASES)
+@pytest.mark.parametrize("variant", chosen(CASES, ["both", "parallel"]))
 def test_every_edge_is_a_run_with_one_edit(variant, x64):
     m, edges = model(variant, dtype="float64"), CASES[variant]
     clean, corrupt, mask, prompts = pairs()

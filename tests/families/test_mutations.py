@@ -1,10 +1,9 @@
 """Parity notices every mistake: each mutation of a family's model makes its parity fail.
 
-A seeded sample by default; all of them with ARRAKIS_ALL_MUTATIONS=1, as CI runs them.
+A seeded sample by default; all of them with `-m exhaustive`.
 """
 
 import dataclasses
-import os
 import random
 from functools import cache
 from tempfile import TemporaryDirectory
@@ -22,8 +21,8 @@ from arrakis_jax.families import family_for
 from arrakis_jax.nn.norm import Norm
 from tests.families import reference
 from tests.families.cases import CASES, CHOSEN, TINY
+from tests.models import chosen
 
-ALL = bool(os.environ.get("ARRAKIS_ALL_MUTATIONS"))
 SAMPLE = 25
 # They describe a checkpoint, or how numbers are held, and not what is computed.
 NOT_MUTATED = {"max_positions", "dtype", "stream_dtype", "matmul_precision"}
@@ -127,7 +126,7 @@ def mutations(case: str) -> list[tuple[str, str, object]]:
 
 
 EVERY = [mutation for case in CHOSEN for mutation in mutations(case)]
-CHECKED = EVERY if ALL else random.Random(0).sample(EVERY, SAMPLE)
+CHECKED = random.Random(0).sample(EVERY, SAMPLE)
 
 
 @cache
@@ -198,7 +197,7 @@ def swapped(model: Transformer, one: str, other: str) -> Transformer:
     return with_weights(model, change)
 
 
-@pytest.mark.parametrize(("case", "what", "value"), CHECKED)
+@pytest.mark.parametrize(("case", "what", "value"), chosen(EVERY, CHECKED))
 def test_parity_fails(case, what, value, monkeypatch):
     model, _ = original(case)
     if what == "kv heads tiled":
@@ -224,6 +223,6 @@ def test_parity_fails(case, what, value, monkeypatch):
     assert model is None or differs(model, case)
 
 
-@pytest.mark.parametrize("case", CHOSEN if ALL else sorted({case for case, _, _ in CHECKED}))
+@pytest.mark.parametrize("case", chosen(CHOSEN, {case for case, _, _ in CHECKED}))
 def test_parity_holds(case):
     assert not differs(original(case)[0], case)

@@ -10,7 +10,8 @@ from arrakis_jax.attribution.residual_gradients import residual_gradients
 from arrakis_jax.checkpoint import from_pretrained
 from arrakis_jax.forward.run import run
 from tests.families import reference
-from tests.families.cases import CASES, FIRST, OLD
+from tests.families.cases import CASES, FEATURES, FIRST, OLD
+from tests.models import chosen
 
 
 def close(ours, theirs: np.ndarray, mask: np.ndarray, tolerance: float, what: str) -> None:
@@ -44,7 +45,7 @@ def test_float32(case, tmp_path):
     compare(from_pretrained(tmp_path), torch_model, case, 2e-5, gradient=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", chosen(CASES, FEATURES))
 def test_float64(case, tmp_path):
     with jax.enable_x64(True), reference.true_float64():
         torch_model = reference.torch_model(case, torch.float64)

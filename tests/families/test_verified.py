@@ -7,6 +7,7 @@ import pytest
 
 from arrakis_jax.families import families
 from tests.families.verify import FILE, Errors, measure, rows, variants, versions
+from tests.models import chosen
 
 ROWS = rows()
 AGAIN = random.Random(3).sample(sorted({family.name for family in families().values()}), 2)
@@ -27,7 +28,7 @@ def test_it_names_the_installed_versions():
     assert found and found[1] == versions()
 
 
-@pytest.mark.parametrize("family", AGAIN)
+@pytest.mark.parametrize("family", chosen(AGAIN, AGAIN[:1]))
 def test_a_row_measured_again(family):
     written = Errors(*map(float, ROWS[family][1:5]))
     for name, now, then in zip(Errors._fields, measure(family), written, strict=True):

@@ -11,7 +11,7 @@ from arrakis_jax.movement import contributions
 from arrakis_jax.movement.flow_routes import flow_routes
 from tests.cost import arrays
 from tests.induction import N, induction_model, induction_tokens
-from tests.models import batch, close, compilations, model
+from tests.models import batch, chosen, close, compilations, model
 from tests.movement.brute import alone, brought, importances
 
 KINDS = (
@@ -55,7 +55,7 @@ def edges_of(graph):
     return {(a, b, key): w for a, b, key, w in graph.edges(keys=True, data="weight")}
 
 
-@pytest.mark.parametrize("variant", KINDS)
+@pytest.mark.parametrize("variant", chosen(KINDS))
 def test_against_a_search_through_all_importances(variant, x64):
     m = model(variant, dtype="float64")
     tokens, mask, prompts = batch(side="both")

@@ -12,7 +12,7 @@ from arrakis_jax.frozen.attention import Brought
 from arrakis_jax.movement import contributions
 from arrakis_jax.movement.information_flow import FLOW_METHODS, TO_LOGITS, information_flow
 from tests.cost import arrays, flops
-from tests.models import batch, close, compilations, gpt2_small, model
+from tests.models import batch, chosen, close, compilations, gpt2_small, model
 from tests.movement.brute import alone, brought, logits, nearness, own_rows, raw
 
 PLAIN = tuple(name for name in FLOW_METHODS if name not in TO_LOGITS)
@@ -34,7 +34,7 @@ def arguments(method):
     return (TARGETS, {"against": AGAINST}) if method in TO_LOGITS else (None, {})
 
 
-@pytest.mark.parametrize("variant", KINDS)
+@pytest.mark.parametrize("variant", chosen(KINDS))
 def test_against_all_vectors(variant, x64):
     """Every layer's rows and sums, and their product."""
     m = model(variant, dtype="float64")
@@ -62,7 +62,7 @@ def test_against_all_vectors(variant, x64):
             close(row(found.tokens, b, mask), flow, 1e-10)
 
 
-@pytest.mark.parametrize("variant", KINDS)
+@pytest.mark.parametrize("variant", chosen(KINDS))
 def test_logits_against_all_vectors(variant, x64):
     """The published form and ours; ours and its constant are the model's logit."""
     m = model(variant, dtype="float64")

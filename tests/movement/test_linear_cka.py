@@ -8,7 +8,7 @@ import pytest
 from arrakis_jax import NotCapturedError, run
 from arrakis_jax.movement import linear_cka as module
 from arrakis_jax.movement.linear_cka import cka, linear_cka
-from tests.models import batch, close, compilations, model
+from tests.models import batch, chosen, close, compilations, model
 
 VARIANTS = ["llama", "gpt2", "post", "both", "parallel", "stream_after", "stream_before",
             "attention_only", "no_norm", "mixed", "one_layer"]  # fmt: skip
@@ -24,7 +24,11 @@ def hsic(x, y):
     return (whole - 2 / (n - 2) * ones @ k @ h @ ones) / (n * (n - 3))
 
 
-@pytest.mark.parametrize(("variant", "first"), [(v, i % 2 > 0) for i, v in enumerate(VARIANTS)])
+@pytest.mark.parametrize(
+    ("variant", "first"),
+    chosen([(v, i % 2 > 0) for i, v in enumerate(VARIANTS)],
+           [("llama", False), ("gpt2", True), ("both", True), ("stream_after", True)]),
+)  # fmt: skip
 def test_against_numpy(variant, first, x64):
     """Padded, against the prompts alone."""
     m = model(variant, dtype="float64")

@@ -73,6 +73,7 @@ def test_head_outputs_too(task):
     assert near.rank_correlation[0] >= 0.9 and near.sign_agreement[0] >= 0.95
 
 
+@pytest.mark.exhaustive
 def test_taking_the_tokens_away_that_are_named_costs_more_than_random_ones(task):
     model, clean, _, mask, right, wrong = task
     goal = Logit(right, wrong)

@@ -13,7 +13,7 @@ from arrakis_jax.patching.pairs import fields_of
 from arrakis_jax.patching.patch_sweep import column_steps, patch_sweep
 from tests.cost import flops, temporary
 from tests.induction import N, induction_model, induction_tokens
-from tests.models import close, compilations, gpt2_small, model
+from tests.models import chosen, close, compilations, gpt2_small, model
 from tests.patching.single import TARGET, edited, linear, pairs, target_of
 
 
@@ -80,7 +80,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("variant", "options", "sites", "over"), CASES)
+@pytest.mark.parametrize(
+    ("variant", "options", "sites", "over"), chosen(CASES, CASES[1:6] + CASES[8:])
+)
 def test_every_cell_is_a_run_with_one_edit(variant, options, sites, over, x64):
     """And a run patched into itself is unchanged."""
     m = model(variant, dtype="float64", sinks=variant == "mixed")
@@ -122,7 +124,7 @@ CHANGES = dict.fromkeys(REUSED, {}) | dict.fromkeys(
 )
 
 
-@pytest.mark.parametrize("variant", REUSED)
+@pytest.mark.parametrize("variant", chosen(REUSED, ["llama3"]))
 def test_earlier_positions_keep_their_keys_and_values(variant, all_columns, x64):
     """Three steps of columns; all of them for every cell give the same numbers."""
     m = model(variant, dtype="float64", n_layers=2, **CHANGES[variant])
