@@ -27,7 +27,7 @@ from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.terms.capture import capture_for
 from arrakis_jax.text import continuation, copy_tokenizer, encode, token_id, tokenizer_for
 
-# What is analysed by default: the sentence, and the name that must not follow.
+# Analysed by default: a sentence, and the name that must not follow it.
 SENTENCE, OTHER = "When Mary and John went to the store, John gave a drink to", " John"
 
 app = typer.Typer(
@@ -83,6 +83,7 @@ def analyze(
             raise ValueError(expected("--json", must, repr(str(json_file)), do))
         _use_compilation_cache()
         source = FOLDER if model is None else model
+        # The default sentence is asked about its two names.
         if text == SENTENCE and target is None and against is None and model is None:
             against = OTHER
         network = from_pretrained(source)
@@ -115,6 +116,7 @@ def convert(
 ) -> None:
     """Writes a checkpoint in this package's own form, with its tokenizer's files."""
     with _one_line_errors():
+        # Checked before the model is loaded, which may take minutes.
         new_folder(out, name="out")
         network = from_pretrained(model, dtype=dtype)
         save(network, out)
@@ -138,6 +140,7 @@ def analysis(
 ) -> dict[str, Any]:
     """The numbers that `analyze` prints, as JSON can hold them."""
     tokens, mask = encode(tokenizer, text)
+    # One forward serves both attributions, the movement and the prediction.
     fields_needed = {*capture_for("component"), *capture_for("head"), "resid_pre", "logits"}
     out = run(model, tokens, mask=mask, capture=tuple(sorted(fields_needed)))
     order = np.argsort(-np.asarray(out.logits[0, -1]), stable=True)

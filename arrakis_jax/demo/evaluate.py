@@ -20,8 +20,8 @@ def figures(model: Transformer, tokenizer: Any) -> dict[str, Any]:
     """Accuracies over the whole vocabulary, per order, and the best induction head.
 
     The pairs of names and both clauses of the indirect-object prompts are not in the training text.
-    A head's induction score is the mean of `pattern[q, q - N + 1]` over queries q in the second copy
-    of N random tokens (Elhage et al. 2021).
+    A head's induction score is the mean of `pattern[q, q - N + 1]` over queries q in the second
+    copy of N random tokens (Elhage et al. 2021).
     """
     rng = np.random.default_rng(SEED)
     accuracy = {

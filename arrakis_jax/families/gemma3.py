@@ -17,6 +17,7 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     full, local = _ropes(hf)
     pattern = decoder.positive(hf, "sliding_window_pattern")
     windows = decoder.windows(hf, lambda layer: (layer + 1) % pattern != 0)
+    # Layers with a window rotate with a base and a scaling of their own.
     if windows:
         turned = rope.rope_arguments(local)
         windows["window_rope_theta"] = turned["rope_theta"]
@@ -35,6 +36,7 @@ def _ropes(hf: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     if not right or given.keys() - {_FULL, _SLIDING}:
         must = f"dicts under {_FULL!r} and {_SLIDING!r}"
         raise ValueError(expected("rope_parameters", must, given, "give one to each"))
+    # `rope_scaling` is the older spelling, and applies to layers without a window only.
     full = (given.get(_FULL) or {"rope_type": "default"}) | (hf["rope_scaling"] or {})
     local = {"rope_parameters": given.get(_SLIDING), "rope_theta": hf["rope_local_base_freq"]}
     return (

@@ -15,6 +15,7 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     if len(given) < n_layers or not all(use in (0, 1) for use in given):
         must = f"0 or 1 for each of {n_layers} layers"
         raise ValueError(expected("no_rope_layers", must, given, "check both"))
+    # A list may be longer than the model; what is left over is not read.
     turned = tuple(map(bool, given[:n_layers]))
     slides = hf["use_sliding_window"] and hf["sliding_window"] is not None
     windows = decoder.windows(hf, lambda layer: slides and not turned[layer])

@@ -149,6 +149,8 @@ class Labels(LazyLabels[Label]):
     def _label(self, i: int) -> Label:
         if i < len(self.first):
             return Label(None, self.first[i])
+        # `rest` counts the terms before `i`, as if the first layer were whole. Whole segments are
+        # taken off it, then whole layers, then kinds.
         rest = i - len(self.first) + self.skipped
         for segment in self.segments:
             if rest >= len(segment.layers) * segment.per_layer:

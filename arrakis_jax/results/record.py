@@ -14,6 +14,7 @@ class Record:
 
 
 def _shown(value: Any) -> str:
+    # A field with a part for each segment of layers prints the shape of each part.
     if isinstance(value, tuple) and any(
         isinstance(v, Record) or hasattr(v, "shape") for v in value
     ):
