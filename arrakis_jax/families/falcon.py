@@ -74,7 +74,7 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
 _LAYER = "transformer.h.{l}."
 _QKV = _LAYER + "self_attention.query_key_value."
 # Two norms in parallel are `ln_attn` and `ln_mlp`; one norm, and the first of two in sequence, is
-# `input_layernorm`. Queries, keys and values are stored by group: its R queries, its key, its value.
+# `input_layernorm`. A group's R queries, its key and its value stand together, group after group.
 _RULES = (
     rule("transformer.word_embeddings.weight", "V D -> V D", "w_e"),
     *norm_rules(_LAYER + "input_layernorm", "blocks.norm_attn"),
