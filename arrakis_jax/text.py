@@ -43,7 +43,7 @@ def tokenizer_for(path_or_repo_id: str | Path, *, revision: str | None = None) -
                 from transformers import PreTrainedTokenizerFast
 
             return PreTrainedTokenizerFast.from_pretrained(folder)
-        # Without tokenizer.json only AutoTokenizer knows the class. It never runs the checkpoint's code.
+        # Without tokenizer.json only AutoTokenizer knows the tokenizer's class.
         if any(folder.glob("*token*")) or any(folder.glob("vocab*")):
             with _no_advice():
                 from transformers import AutoTokenizer
