@@ -185,6 +185,7 @@ class ModelConfig:
                     for name, entry in value.items()
                 }
                 value = RopeScaling(**entries)
+            # The dataclass is frozen, also for its own initialisation.
             object.__setattr__(self, field.name, value)
 
     @property
@@ -231,6 +232,7 @@ class ModelConfig:
     @property
     def segments(self) -> tuple[tuple[bool, int], ...]:
         """Consecutive layers of the same parameters: whether they have experts, and how many."""
+        # Every layer is of one kind, or there is none.
         if not self.moe_layers:
             return ((self.n_experts > 0, self.n_layers),)
         return tuple((moe, len(list(layers))) for moe, layers in groupby(self.moe_layers))

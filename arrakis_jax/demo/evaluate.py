@@ -48,6 +48,7 @@ def figures(model: Transformer, tokenizer: Any) -> dict[str, Any]:
 
 def induction_scores(model: Transformer, bos: int, rng: np.random.Generator) -> np.ndarray:
     """The induction score of every head, `[L,H]`."""
+    # Any token but the BOS, which marks the start of a text.
     ids = np.delete(np.arange(model.config.vocab_size), bos)
     rows = [[bos, *text.repeated(rng, ids, LENGTH)] for _ in range(SEQUENCES)]
     stream = run(model, np.array(rows), capture=("pattern",)).residuals
@@ -59,5 +60,6 @@ def _accuracy(model: Transformer, tokenizer: Any, prompts: list[text.Prompt]) ->
     tokens, mask = encode(tokenizer, [prompt.text for prompt in prompts])
     last = Capture(("logits",), positions=(-1,))
     logits = run(model, tokens, mask=mask, capture=last).logits
+    # Texts are compared, since an answer is given as text.
     guess = [tokenizer.decode([i]) for i in np.asarray(jnp.argmax(logits[:, 0], -1))]
     return float(np.mean([g == p.answer for g, p in zip(guess, prompts, strict=True)]))

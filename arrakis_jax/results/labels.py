@@ -165,6 +165,7 @@ class Labels(LazyLabels[Label]):
 
     def check(self, kind: str) -> None:
         """Raises ValueError unless some layer has this kind."""
+        # A dict keeps the order of the model, which a set would lose.
         kinds = tuple({k.name: None for segment in self.segments for k in segment.kinds})
         if kind not in kinds:
             raise ValueError(f"`kind` must be one of {kinds}, got {kind!r}; choose another `by`")

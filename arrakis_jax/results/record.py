@@ -5,7 +5,9 @@ from typing import Any
 
 
 class Record:
-    """A dataclass that prints the shapes of its arrays, and not their values."""
+    """A dataclass that prints the shapes of its arrays instead of their values."""
+
+    # Values may be gigabytes on a device, or traced; shapes are always at hand.
 
     def __repr__(self) -> str:
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # pyright: ignore
