@@ -18,6 +18,7 @@ from arrakis_jax.stream.capture import Capture
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 from arrakis_jax.text import encode, token_id
 
+# All that a decomposition of one layer reads.
 _LAYER = Capture(("resid_pre", "attn_out", "mlp_out", "norm_attn_scale", "norm_mlp_scale"))
 
 
@@ -60,6 +61,7 @@ class ResidualTools:
             do = "they belong to the forward, which has been run"
             got = sorted(options.keys() - {"mask"})
             raise TypeError(expected("options", "none with a stream", got, do))
+        # With norms on the stream itself the shares need the norms' weights, which a stream lacks.
         if self.model.config.norms_stream:
             return normed_decomposition(self.model, activations, layer_idx)
         return residual_decomposition(activations, layer_idx)

@@ -43,6 +43,7 @@ def tokenizer_for(path_or_repo_id: str | Path, *, revision: str | None = None) -
                 from transformers import PreTrainedTokenizerFast
 
             return PreTrainedTokenizerFast.from_pretrained(folder)
+        # Without tokenizer.json only AutoTokenizer knows the tokenizer's class.
         if any(folder.glob("*token*")) or any(folder.glob("vocab*")):
             with _no_advice():
                 from transformers import AutoTokenizer
@@ -94,7 +95,7 @@ def encode(
     """
     checked_choice("side", side, ("left", "right"))
     checked_choice("bos", bos, ("model", True, False))
-    bos = bos if bos == "model" else bool(bos)
+    bos = bos if bos == "model" else bool(bos)  # 1 passes the check as True, which it equals
     if not isinstance(prompts, Iterable):
         do = "pass one text, or a list of texts"
         raise TypeError(expected("prompts", "texts", type(prompts).__name__, do))
@@ -148,6 +149,7 @@ def token_id(tokenizer: Any, text: str) -> int:
         do = "an id needs no look-up"
         raise TypeError(expected("text", "a text", type(text).__name__, do))
     ids = _ids(tokenizer, text, special=False)
+    # The space may have become a token of its own, since the tokenizer puts another in front.
     if len(ids) != 1 and text[:1] == " ":
         bare = _ids(tokenizer, text[1:], special=False)
         if len(bare) == 1 and continuation(tokenizer, bare[0]) == text:

@@ -60,8 +60,8 @@ def _templates(firsts: tuple[str, ...], seconds: tuple[str, ...], *, held_out: b
     return [f"{a} {b}".strip() for a, b in pairs if is_held_out(a, b) == held_out]
 
 
-OPENINGS = {held: _templates(STARTS, EVENTS, held_out=held) for held in (False, True)}
-CLOSINGS = {held: _templates(ACTS, GIFTS, held_out=held) for held in (False, True)}
+OPENINGS = {out: _templates(STARTS, EVENTS, held_out=out) for out in (False, True)}
+CLOSINGS = {out: _templates(ACTS, GIFTS, held_out=out) for out in (False, True)}
 
 
 @dataclass(frozen=True)

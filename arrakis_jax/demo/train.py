@@ -49,6 +49,7 @@ def build_tokenizer(folder: Path) -> None:
 
     Other words fall into bytes, so that any text can be encoded.
     """
+    # Words are whole entries, found without merges. "Ġ" stands for the space in front.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     entries = [BOS, *alphabet, *(f"Ġ{word}" for word in text.words() if len(word) > 1), "Ġa"]
     vocabulary = {entry: i for i, entry in enumerate(entries)}
@@ -75,6 +76,7 @@ def text_rows(
     weights = np.zeros((count, width), np.float32)
     source = text.sentences(rng)
     for row, weight in zip(rows, weights, strict=True):
+        # Sentences follow each other until the row is full; the last one is cut.
         row[0], at = tokenizer.bos_token_id, 1
         while at < width:
             prompt, rest = next(source)
@@ -97,6 +99,7 @@ def repeated_rows(
     for row, weight in zip(rows, weights, strict=True):
         length = int(rng.integers(6, min((width - 1) // 2, len(ids)) + 1))
         row[1:] = np.resize(rng.choice(ids, length, replace=False), width - 1)
+        # The first token of the second copy cannot be predicted, the next one can.
         weight[length + 2 :] = 1.0
     return rows, weights
 
