@@ -255,6 +255,32 @@ def test_attribution_at_every_position_costs_one_forward(by):
     assert temporary(tool, m, tokens) - temporary(forward, m, tokens) <= megabytes * 1e6
 
 
+def test_the_largest_neurons_need_no_room_for_the_others_past_norms_on_the_stream():
+    """OPT-350m's shape: directions for each layer and position, a quarter of the terms, no term."""
+    config = config_for(
+        "opt", hidden_size=1024, word_embed_proj_dim=512, num_hidden_layers=24,
+        num_attention_heads=16, ffn_dim=4096, do_layer_norm_before=False,
+    )  # fmt: skip
+    assert config.norm_placement == "stream_after"
+    m = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    tokens = jax.ShapeDtypeStruct((8, 128), jnp.int32)
+
+    def forward(m, t):
+        return m(t, capture=("final",)).residuals.final
+
+    def tool(m, t):
+        return top_attribution(m, t, jnp.roll(t, -1, 1), 10, by="neuron", position=None).terms
+
+    def last(m, t):
+        return top_attribution(m, t, t[:, -1], 10, by="neuron").terms
+
+    terms = 24 * 4096 * 8 * 128 * 4
+    directions = 24 * 1024 * 8 * 128 * 4
+    plain = temporary(forward, m, tokens)
+    assert temporary(tool, m, tokens) - plain <= directions + terms / 8
+    assert temporary(last, m, tokens) - plain <= terms / 12
+
+
 def test_the_largest_neurons_need_no_room_for_the_others():
     m, tokens = gpt2_small(), jax.ShapeDtypeStruct((8, 128), jnp.int32)
 

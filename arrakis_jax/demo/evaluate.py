@@ -1,4 +1,4 @@
-"""What the shipped model can do, measured on text held out of its training."""
+"""How well the shipped model does on text that was held out of its training."""
 
 from typing import Any
 
@@ -19,9 +19,9 @@ SEQUENCES, LENGTH = 32, 25
 def figures(model: Transformer, tokenizer: Any) -> dict[str, Any]:
     """Accuracies over the whole vocabulary, per order, and the best induction head.
 
-    The names' pairs and both clauses of the indirect-object prompts are unseen in training. The
-    induction score of a head is the mean of `pattern[q, q - N + 1]` over queries q in the second
-    copy of N random tokens (Elhage et al. 2021).
+    The pairs of names and both clauses of the indirect-object prompts are not in the training text.
+    A head's induction score is the mean of `pattern[q, q - N + 1]` over queries q in the second copy
+    of N random tokens (Elhage et al. 2021).
     """
     rng = np.random.default_rng(SEED)
     accuracy = {
@@ -32,7 +32,7 @@ def figures(model: Transformer, tokenizer: Any) -> dict[str, Any]:
         )
         for order in ("ABBA", "BABA")
     }
-    agrees = _accuracy(model, tokenizer, [text.agreement(rng) for _ in range(PROMPTS)])
+    agrees = _accuracy(model, tokenizer, [text.subject_verb(rng) for _ in range(PROMPTS)])
     score_LH = induction_scores(model, tokenizer.bos_token_id, rng)
     layer, head = np.unravel_index(score_LH.argmax(), score_LH.shape)
     return {

@@ -41,7 +41,7 @@ class Brought(NamedTuple):
 
 
 def attention_brought(model: Transformer, layer: Layer) -> Brought:
-    """What attention of this layer brings from where, of a layer with the fields `BROUGHT_FIELDS`."""
+    """What attention of one layer brings from where; the layer has the fields `BROUGHT_FIELDS`."""
     config, stream, block = model.config, layer.stream, layer.block
     acc = config.acc
     through, share = written(config, stream, block.norm_attn_out, "attn")
