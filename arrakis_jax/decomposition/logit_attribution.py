@@ -225,7 +225,7 @@ def _at_the_end(
     """The terms of these layers, times the factors of all later norms on the stream."""
     # from_layer[l]: the product of the factors of layers l and later; one after the last.
     from_layer = jax.lax.cumprod(passed, axis=0, reverse=True)
-    from_layer = jnp.concatenate([from_layer, jnp.ones_like(passed[:1])]) * reader.size[None]
+    from_layer = jnp.concatenate([from_layer, jnp.ones_like(reader.size)[None]]) * reader.size[None]
     at_the_end = []
     for terms, own in zip(layered, segment_layers(model), strict=True):
         kept = np.array([i for i in own if layers is None or i in layers], int)

@@ -72,7 +72,7 @@ class StreamReader(NamedTuple):
     @classmethod
     def of(cls, model: Transformer, r: Float[Array, "B T D"]) -> "StreamReader":
         """The reader of the direction r."""
-        if not model.config.norms_stream:
+        if not model.config.norms_stream or not model.config.n_layers:
             return cls(r, jnp.ones_like(r[..., 0]), None)
 
         def back(post: Array, place: Place, _: Any) -> tuple[Array, Array]:

@@ -110,9 +110,10 @@ def over_terms(
     """
     config = model.config
     passing = config.norms_stream
-    listed = np.ones(config.n_layers, bool)
+    # One entry at least: a model without layers traces the step, and never runs it.
+    listed = np.ones(max(config.n_layers, 1), bool)
     if layers is not None:
-        listed = np.isin(np.arange(config.n_layers), layers)
+        listed = np.isin(np.arange(len(listed)), layers)
 
     def stepping(state: Any, layer: Layer) -> tuple[Any, Any]:
         at_layer = reader.at(layer)

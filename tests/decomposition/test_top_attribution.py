@@ -12,7 +12,7 @@ from tests.models import batch, chosen, close, compilations, model
 @pytest.mark.parametrize(
     "variant",
     chosen(["gpt2", "both", "attention_only", "stream_after", "mixed", "mixed_more", "moe"],
-           ["both", "attention_only", "mixed"]),
+           ["both", "stream_after", "mixed"]),
 )  # fmt: skip
 def test_they_are_those_of_the_whole(variant, by, x64):
     m = model(variant, dtype="float64")
@@ -82,3 +82,15 @@ def test_tables():
     assert top.n_rows == 15 and "source" in top
     with pytest.raises(ValueError, match=r"`k` must be an int in \[1, 26\], got 27"):
         found.to_table(27)
+
+
+@pytest.mark.parametrize("variant", ["llama", "stream_after"])
+def test_a_model_without_layers_has_its_embedding_alone(variant):
+    m = model(variant, n_layers=0)
+    tokens = np.arange(5)[None]
+    whole = logit_attribution(m, tokens, 3)
+    assert {label.kind for label in whole.labels} <= {"embed", "pos"}
+    assert whole.gap.max() < 1e-5
+    for source in (tokens, run(m, tokens, capture="all")):
+        close(top_attribution(m, source, 3, 1, by="component").terms, whole.top(1).value, 1e-6)
+        close(logit_attribution(m, source, 3).terms, whole.terms, 1e-6)
