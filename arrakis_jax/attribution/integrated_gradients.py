@@ -59,8 +59,8 @@ class IntegratedGradients(FeatureMethod):
         >>> model, tokenizer = demo_model()
         >>> tokens, mask = encode(tokenizer, "Alice and Tom")
         >>> method = IntegratedGradients(steps=8)
-        >>> feature_attribution(model, tokens, 3, mask=mask, method=method).steps
-        Array([8], dtype=int32)
+        >>> feature_attribution(model, tokens, 3, mask=mask, method=method).steps.tolist()
+        [8]
     """
 
     name: ClassVar[str] = "integrated_gradients"
