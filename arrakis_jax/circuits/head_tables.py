@@ -12,7 +12,6 @@ from arrakis_jax.core.axes import Array, Float, Int, over
 from arrakis_jax.core.checks import Ids, checked_choice, checked_count
 from arrakis_jax.core.numerics import contract
 from arrakis_jax.forward.run import compiled
-from arrakis_jax.nn.attention import attention_scale
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.nn.walk import at_layer
 from arrakis_jax.results.record import Record
@@ -153,7 +152,7 @@ def _qk_entries(
     # W_QK as factors: rows of the left are read by queries, columns of the right by keys.
     query_NK = _times(_read(model, destinations, scales), qk.left)
     key_MK = _times(_read(model, sources, scales), qk.right.T)
-    return contract("NK,MK->NM", query_NK, key_MK) * attention_scale(model.config, head[0])
+    return contract("NK,MK->NM", query_NK, key_MK) * model.config.score_scale(head[0])
 
 
 def skip_trigrams(
@@ -216,7 +215,7 @@ def _trigrams(
     config, tokens = model.config, sources[0]
     written_ND = _moved(model, head, sources, scales)
     qk = of_head(model, qk_of_layer(config, distance, fold=True, biases=True), head)
-    key_NK = _times(_read(model, sources, scales), qk.right.T) * attention_scale(config, head[0])
+    key_NK = _times(_read(model, sources, scales), qk.right.T) * config.score_scale(head[0])
 
     def looking(ids: Int[Array, " M"]) -> Float[Array, "N M"]:
         return contract("NK,MK->NM", key_NK, _times(_read(model, (ids, None), scales), qk.left))

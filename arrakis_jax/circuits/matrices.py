@@ -70,7 +70,7 @@ def _ov(model: Transformer, *, fold: bool, biases: bool) -> Factored:
 
 def ov_of_layer(config: ModelConfig, *, fold: bool, biases: bool) -> OfLayer:
     """`ov_matrices` of one layer, from its block and its index: `[H,D,K]` and `[H,K,D]`."""
-    repeats = config.n_heads // config.n_kv_heads
+    repeats = config.heads_per_group
     after = config.norm_placement == "stream_after"
 
     def of(block: Block, _: Array) -> Factored:
@@ -165,7 +165,7 @@ def qk_of_layer(
     config: ModelConfig, distance: Int[Array, " N"], *, fold: bool, biases: bool
 ) -> OfLayer:
     """`qk_matrices` of one layer, from its block and its index."""
-    repeats = config.n_heads // config.n_kv_heads
+    repeats = config.heads_per_group
     rotations_of = _rotations(config, distance)
 
     def of(block: Block, layer: Array) -> Factored:

@@ -80,8 +80,9 @@ class Graph:
             do = "patch nodes instead"
             got = f"norm_placement={config.norm_placement!r}"
             raise ValueError(expected("model", "one whose stream is a sum of writes", got, do))
-        has_mlp = config.d_mlp > 0 or config.n_experts > 0
-        return cls(config.n_layers, config.n_heads, config.n_kv_heads, has_mlp, config.parallel)
+        return cls(
+            config.n_layers, config.n_heads, config.n_kv_heads, config.any_mlp, config.parallel
+        )
 
     @property
     def writers_per_layer(self) -> int:

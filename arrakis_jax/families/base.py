@@ -181,7 +181,7 @@ def letters(config: ModelConfig) -> dict[str, int]:
         "D": config.d_model,
         "H": config.n_heads,
         "G": config.n_kv_heads,
-        "R": config.n_heads // config.n_kv_heads,
+        "R": config.heads_per_group,
         "K": config.d_head,
         "F": config.d_mlp,
         "V": config.vocab_size,

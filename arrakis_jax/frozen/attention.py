@@ -63,7 +63,7 @@ def attention_brought(model: Transformer, layer: Layer) -> Brought:
         total = stream.resid_pre.astype(acc) + stream.attn_out
     else:
         total = stream.resid_mid.astype(acc)
-    repeats = config.n_heads // config.n_kv_heads
+    repeats = config.heads_per_group
     v = jnp.repeat(stream.v.astype(acc), repeats, -2)
     bias = jnp.where(stream.mask[..., None], bias, 0)
     return Brought(stream.pattern.astype(acc), v, w_o, share, own, total, brought, bias)

@@ -88,7 +88,7 @@ class Attention(nnx.Module):
 
         The least finite number at keys that may not be read.
         """
-        cfg, scale = self.config, attention_scale(self.config, layer)
+        cfg, scale = self.config, self.config.score_scale(layer)
         q_BGRTK = rearrange(q_BTHK, "B T (G R) K -> B G R T K", G=cfg.n_kv_heads)
         scores_BGRTS = product("BGRTK,BSGK->BGRTS", q_BGRTK, k_BSGK, config=cfg)
         bias = context.bias
@@ -105,12 +105,6 @@ class Attention(nnx.Module):
             sinks = jnp.broadcast_to(over(sinks, scores_BGRTS), (*scores_BGRTS.shape[:-1], 1))
             scores_BGRTS = jnp.concatenate([scores_BGRTS, sinks], -1)
         return scores_BGRTS
-
-
-def attention_scale(config: ModelConfig, layer: Int[Array, ""]) -> Array | float:
-    """What multiplies the products of queries and keys in a layer."""
-    scale = config.d_head**-0.5 if config.attention_scale is None else config.attention_scale
-    return scale / (layer + 1) if config.scale_by_inverse_layer else scale
 
 
 def _projected(x: Array, w: nnx.Param, b: nnx.Param | None, config: ModelConfig) -> Array:
