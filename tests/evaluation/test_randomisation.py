@@ -9,7 +9,7 @@ from arrakis_jax import feature_attribution, randomisation_check, randomised_wei
 from tests.models import batch, chosen, model
 
 
-@pytest.mark.parametrize("variant", chosen(["llama", "mixed"], ["mixed"]))
+@pytest.mark.parametrize("variant", chosen(["llama", "mixed"], ["llama"]))
 def test_entries_are_permuted_where_asked(variant):
     m = model(variant)
     other = randomised_weights(m, 3, layers=(1,), outside=False)
