@@ -54,7 +54,7 @@ def compiled(*static: str) -> Callable:
 
 
 def _is_outermost_on_cpu(arguments: Any) -> bool:
-    # Below another jit, and on other platforms, the options are an error.
+    # A jit inside another one refuses the options, and other platforms do not need them.
     arrays = [a for a in jax.tree.leaves(arguments) if isinstance(a, jax.Array)]
     # Inside a caller's jit or scan a new array is a tracer, even if no argument is one.
     probe = jnp.zeros(())

@@ -53,7 +53,7 @@ class LayerReader(NamedTuple):
 
 
 class StreamReader(NamedTuple):
-    """The directions that read, at each layer, what r reads from the last layer's output.
+    """The directions, at each layer, that read the value which r reads from the last output.
 
     A norm on the stream with a frozen scale s is linear: reading its output along r is reading its
     input along `transposed(r) / s`. So the directions go backward through the norms. They are kept
@@ -100,7 +100,7 @@ class StreamReader(NamedTuple):
 
 
 def _before(stream_norm: Norm | None, r: Array) -> tuple[Array, Array]:
-    """The unit direction that reads from a norm's input what `r` reads from its output; length."""
+    """The direction before a norm that matches `r` after it: as a unit vector and its length."""
     assert stream_norm is not None
     r = stream_norm.transposed(r)
     size = norm(r)

@@ -59,7 +59,7 @@ class Attention(nnx.Module):
                 rotate(x, *context.rotation, interleaved=cfg.rope_interleaved)
                 for x in (q_BTHK, k_BTGK)
             )
-        # The sites see what the scores are made of: queries and keys after norm, clip and rotation.
+        # The sites come after norm, clip and rotation: the scores are products of these q and k.
         q_BTHK = site("q", q_BTHK)
         k_BSGK = site("k", k_BTGK)
         v_BSGK = site("v", v_BTGK)

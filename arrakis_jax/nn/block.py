@@ -51,10 +51,10 @@ class Block(nnx.Module):
         place, dtype = self.config.norm_placement, x_BTD.dtype
         x_BTD = site("resid_pre", x_BTD)
         y_BTD = x_BTD if place == "stream_after" else self._norm("attn", x_BTD, site)
-        # x is the stream, y is what the next module reads.
+        # x is the stream; y is the input of the next module.
         inputs = self.head_inputs(x_BTD, y_BTD, site)
         if self.config.parallel:
-            # The MLP reads the stream from before attention: attention is added last.
+            # The MLP reads the stream from before attention, so attention is not added yet.
             attn_BTD = self.attn_write(inputs, context, layer, site)
             y_BTD = y_BTD if self.config.shared_norm else self._norm("mlp", x_BTD, site)
             y_BTD = self._mlp_input(x_BTD, y_BTD, site)
@@ -64,7 +64,7 @@ class Block(nnx.Module):
             x_BTD = x_BTD + self.attn_write(inputs, context, layer, site)
             if place == "stream_after":
                 x_BTD = self._norm("attn", x_BTD, site)
-            # The sum is in float32 or wider. The stream rounds it to its own dtype here.
+            # The sum is in float32 or wider. A stream with a narrower dtype rounds it here.
             x_BTD = site("resid_mid", x_BTD.astype(dtype))
             y_BTD = x_BTD if place == "stream_after" else self._norm("mlp", x_BTD, site)
             y_BTD = self._mlp_input(x_BTD, y_BTD, site)
@@ -82,7 +82,7 @@ class Block(nnx.Module):
         def of(name: str, n: int) -> Array:
             if not site.splits(name):
                 return y_BTD
-            # A copy of the stream for each head, so that an edit can change what one head reads.
+            # A copy of the stream for each head, so that an edit can change the input of one head.
             shape = (*x_BTD.shape[:2], n, x_BTD.shape[-1])
             return self.read("attn", site(name, jnp.broadcast_to(x_BTD[..., None, :], shape)), site)
 
@@ -122,7 +122,7 @@ class Block(nnx.Module):
     def _write(self, module: str, out_BTD: Array, site: Sites) -> Array:
         out_BTD = self._norm(f"{module}_out", out_BTD, site)
         scale = self.config.residual_scale
-        # The site stands after norm and factor: what it records is what the stream gains.
+        # The site comes after norm and factor, so its record is exactly the change of the stream.
         return site(f"{module}_out", out_BTD if scale == 1 else out_BTD * scale)
 
     def _norm(self, name: str, x_BTD: Array, site: Sites) -> Array:

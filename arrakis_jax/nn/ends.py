@@ -50,7 +50,7 @@ class Ends(nnx.Module):
         # Without a norm the embedding is linear, so the mean may be taken first.
         if self.norm_embed is None:
             return self._embedded(jnp.mean(self.w_e[...].astype(self.config.acc), 0))
-        # One token at a time: all of them normed are a copy of the table in float32.
+        # One token at a time: normed all at once, they would be a float32 copy of the table.
         zero = jnp.zeros(self.config.d_model, self.config.acc)
 
         def add(total: Array, e: Array) -> tuple[Array, None]:

@@ -50,11 +50,11 @@ class LayerRun:
     def step(
         self, x_BTD: Float[Array, "B T D"], place: Place, taps: dict[str, Any]
     ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
-        """The stream after one layer, and what its sites recorded."""
+        """The stream after one layer, and the records of its sites."""
         sites = self.sites[place.segment]
 
-        # A backward pass keeps the products with weights, which are dear to compute. It recomputes
-        # the rest, above all the T x T arrays of attention, which are dear to hold.
+        # For a backward pass, products with weights are saved: they cost the most time. The rest
+        # is recomputed, above all the T x T arrays of attention: they cost the most memory.
         # `prevent_cse` is not needed inside a scan and would slow it down.
         @partial(
             jax.checkpoint,
@@ -116,7 +116,7 @@ class LayerRun:
         slots = np.full(self.model.config.n_layers, len(layers))
         for kept in rows:
             slots[kept] = np.arange(len(kept))
-        # The state needs its shapes before the walk. `eval_shape` computes nothing.
+        # The records' shapes must be known before the walk. `eval_shape` computes no values.
         shapes = jax.eval_shape(lambda x: walk(self.model, step, x, taps).by_segment, x_BTD)
         records = tuple(_zeros(len(kept), s) for kept, s in zip(rows, shapes, strict=True))
 

@@ -292,7 +292,7 @@ class Transformer(Ends):
         )
 
     def _logits(self, x_BTD: Array, site: Sites, capture: Capture) -> Array:
-        # The unembedding is often the dearest product: it is left out unless logits are wanted.
+        # The unembedding is a large product: it is left out unless logits are wanted.
         wanted = {"logits", "norm_final_scale"} & set(capture.fields)
         if not wanted:
             return ABSENT

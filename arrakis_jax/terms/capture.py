@@ -62,7 +62,7 @@ def terms_stream(
 
 def fields_for(config: ModelConfig, by: str, kinds: Kinds = None) -> tuple[str, ...]:
     """The fields that the terms of this model need."""
-    # With these a rounded stream tells its rounding: its points, minus what was written.
+    # A rounding is a point of the stream, minus the point before it and the write between them.
     rounded = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "final")
     names = (
         "embed",

@@ -94,7 +94,7 @@ class Decomposition(Record):
 
     def _assemble(self, first: Array, of: Callable[[Any], Array]) -> Array:
         """`first [n,...]` joined with `of(factor) [m,...]` of every layer, as `[C,...]`."""
-        # Mapped over the layers one by one: what `of` makes on the way exists for one layer.
+        # One layer at a time: the intermediate arrays of `of` can be much larger than its result.
         layered = [
             tuple(Measured(jax.lax.map(of, factor), factor.kind) for factor in factors)
             for factors in self.layered

@@ -64,7 +64,7 @@ class LayerTerms:
     def halves(
         self, by: str, kinds: tuple[str, ...] | None = None
     ) -> tuple[tuple[AnyFactor, ...], tuple[AnyFactor, ...]]:
-        """The terms of these kinds: what attention writes, and what the MLP writes."""
+        """The terms of these kinds, in two tuples: from attention, and from the MLP."""
         attention = self.attention(by) if wants(kinds, ATTENTION_KINDS) else ()
         mlp = self.mlp(by) if wants(kinds, MLP_KINDS) else ()
         return of_kinds(attention, kinds), of_kinds(mlp, kinds)
@@ -91,7 +91,7 @@ class LayerTerms:
             parts = [Factor(self.stream.attn_out, None, Kind("attn"))]
         if self.config.stream_dtype is None or self.config.parallel:
             return tuple(parts)
-        # A stream in bfloat16 is not the sum of what is written. The difference is its own term.
+        # A rounded stream is not the exact sum of its terms. The difference becomes a term.
         rounding = self.stream.resid_mid.astype(self.config.acc)
         rounding = rounding - self.stream.resid_pre - self.stream.attn_out
         return (*parts, Factor(rounding, None, Kind("attn_rounding")))
@@ -206,6 +206,6 @@ class LayerTerms:
 
     def _bias(self, bias: Float[Array, " D"], kind: Kind) -> Factor:
         """A bias, written at real tokens only."""
-        # The mask is the coefficient, so the bias is zero at padding without being copied to it.
+        # The mask is the coefficient: the bias is zero at padding, and is not copied to positions.
         real = self.stream.mask[..., None, None].astype(self.config.acc)
         return Factor(real, bias[None, None], kind)
