@@ -1,1 +1,1 @@
-"""Decomposition: what wrote this? One method, one file."""
+"""Decomposition: which parts of the model wrote this? Each method has its own file."""

@@ -1,4 +1,4 @@
-"""Who moved the stream: the change between two of its points, split over what was written."""
+"""Who moved the stream: the change between two of its points, split over the terms written."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,11 +30,11 @@ class MovementAttribution(TermValues):
 
     Attributes:
         terms: `[C,B,T]`, `x_c . delta / |delta|^2`, shares of the movement, which sum to 1. A term
-            that undoes what others do has a negative share.
+            against the movement has a negative share.
         growth: `[C,B,T]`, `x_c . (a + b)`, which sum to `|b|^2 - |a|^2`.
         distance: `[B,T]`, `|delta|`.
         gap: `[B,T]`, `|1 - sum(terms)|` over the sum of absolute terms.
-        labels: what each term is.
+        labels: the name of each term.
     """
 
     terms: Float[Array, "C B T"]
@@ -57,15 +57,14 @@ def attribute_movement(
 ) -> MovementAttribution:
     """Who moved the stream from one point to another: exactly, term by term.
 
-    The terms are those of `decompose` that are written between the points. They sum to the
-    movement, so their shares `x_c . delta / |delta|^2` sum to 1, and their shares of the squared
-    norm's growth, `x_c . (a + b)`, to `|b|^2 - |a|^2`. With norms on the stream itself, whose
-    scales are held as they were, there is one more term, "norm": what those between the points
-    change of the stream at the first.
+    The terms are the terms of `decompose` that are written between the points. They sum to the
+    movement, so their shares `x_c . delta / |delta|^2` sum to 1. Their shares of the squared norm's
+    growth, `x_c . (a + b)`, sum to `|b|^2 - |a|^2`. Norms on the stream itself, scales frozen, add
+    a term "norm": how the norms between the points change the stream at the first point.
 
     Args:
         model: the transformer.
-        tokens: `[B,T]` token ids, or a captured stream, with the fields of `capture_for(by)` and
+        tokens: `[B,T]` token ids, or a captured stream with the fields of `capture_for(by)` and
             both points (resid_pre, resid_mid, final).
         start: the point a: `("resid_pre" | "resid_mid" | "resid_post", layer)`; an int n is short
             for `("resid_post", n)`.
@@ -79,7 +78,7 @@ def attribute_movement(
         A MovementAttribution, zero at padding.
 
     Raises:
-        ValueError: if b is not after a, or the model does not have one of them.
+        ValueError: if b is not after a, or the model lacks one of the points.
 
     Example:
         >>> model, tokenizer = demo_model()
@@ -93,6 +92,7 @@ def attribute_movement(
     """
     config = model.config
     checked_by(config, by)
+    # A later point has no count of writes that is smaller, and one that is larger.
     begin, stop = _point(start, "start", config), _point(end, "end", config)
     if begin == stop or begin.attn > stop.attn or begin.mlp > stop.mlp:
         do = "the terms are what is written from start to end"
@@ -118,14 +118,17 @@ def _split(
     positions: tuple[int, ...] | None,
 ) -> MovementAttribution:
     config = model.config
+    # Both points may be entries of one field. A dict removes repeats and keeps the order.
     fields = tuple(dict.fromkeys(point.field(config) for point in span))
     stream, ranks = terms_stream(model, source, by, positions=positions, also=fields)
     a, b = (point.of(stream, config) for point in span)
     parts = Decomposition(*terms(model, stream, ranks, span, by=by, origin=a))
     delta = b - a
     distance = norm(delta)
+    # `ratio` is 0 where nothing moved, such as at padding. Shares then cannot sum to 1: no gap.
     shares = ratio(parts.along(delta), jnp.square(distance)[None])
     missing = jnp.where(distance > 0, 1 - shares.sum(0), 0)
+    # |b|^2 - |a|^2 = (b - a) . (a + b), so terms that sum to b - a split the growth.
     return MovementAttribution(
         terms=shares,
         growth=parts.along(a + b),

@@ -1,4 +1,4 @@
-"""What writes along any direction, at any point of the stream."""
+"""The terms that write along any direction, at any point of the stream."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,13 +34,13 @@ class DirectionAttribution(TermValues):
 
     Attributes:
         terms: `[C,B,T]`, or `[C,B,T,N]` for N directions.
-        constant: `[B,T]` (`[B,T,N]`), what depends on no term: the norm's bias.
-        value: `[B,T]` (`[B,T,N]`), the stream point (or what its norm makes of it) along the
-            direction.
+        constant: `[B,T]` (`[B,T,N]`), the part that no term writes: the norm's bias.
+        value: `[B,T]` (`[B,T,N]`), the stream point along the direction, after the norm if it is
+            read through one.
         rest: `[B,T]` (`[B,T,N]`), `value - constant - sum(terms)`: see LogitAttribution.
-        gap: `[B,T]` (`[B,T,N]`), `|rest|` over the sum of absolute terms; NaN where layers or
-            kinds were selected.
-        labels: what each term is.
+        gap: `[B,T]` (`[B,T,N]`), `|rest|` over the sum of absolute terms; NaN if layers or kinds
+            were selected.
+        labels: the name of each term.
     """
 
     terms: Float[Array, "C B T"]
@@ -67,21 +67,21 @@ def attribute_to(
 ) -> DirectionAttribution:
     """Which terms of the stream at a point write along a direction.
 
-    `term_c = x_c . u`; the terms sum to `x . u`. Read through the norm of a reader, its scale as
-    it was, `term_c = x_c . r / s` with `r = gamma * u` (centred for LayerNorm), and the terms and
-    the constant `beta . u` sum to `norm(x) . u`. So what a neuron reads is explained by its column
-    of `w_in` at `("resid_mid", layer)` through "mlp", a head's query by a column of its `w_q` at
-    `("resid_pre", layer)` through "attn", and a probe of the stream through nothing.
+    `term_c = x_c . u`, and the terms sum to `x . u`. Read through a norm with its scale frozen,
+    `term_c = x_c . r / s` with `r = gamma * u` (centred for LayerNorm). The terms and the constant
+    `beta . u` then sum to `norm(x) . u`. For a neuron's input, take its column of `w_in` at
+    `("resid_mid", layer)` through "mlp". For a head's query, take a column of its `w_q` at
+    `("resid_pre", layer)` through "attn". A probe of the stream needs no norm.
 
     Args:
         model: the transformer.
-        residuals: a captured stream, with the fields of `capture_for(by)`, the point itself
-            (resid_pre, resid_mid, final) and, read through a norm, its scale; or token ids
+        residuals: a captured stream with the fields of `capture_for(by)`, the point itself
+            (resid_pre, resid_mid, final) and the scale of the norm in `through`. Or token ids
             `[B,T]`, which are then run.
         direction: `[D]`; `[N,D]` for N directions at once; or `[B,T,D]`, one for every position.
         at: "final", or `("resid_pre" | "resid_mid" | "resid_post", layer)`.
-        through: None for the stream itself; or the norm by which it is read there: "attn" or "mlp"
-            of the block that follows, or "final" at the end.
+        through: None for the stream itself, or the norm that reads it there: "attn" or "mlp" of
+            the next block, or "final" at the end.
         by: "component", "head", "neuron", "expert" or "source", as in `decompose`.
         layers: the terms of these layers only.
         kinds: the terms of these kinds only, such as `("head",)`.
@@ -94,8 +94,8 @@ def attribute_to(
 
     Raises:
         ValueError: for a direction of another width, a point that the model does not have, or a
-            norm that does not read it.
-        NotCapturedError: if a stream lacks what this needs.
+            norm that does not read this point.
+        NotCapturedError: if a stream lacks a field that this needs.
 
     Example:
         >>> model, tokenizer = demo_model()
@@ -116,11 +116,11 @@ def attribute_to(
     if source.captured is not None:
         source.captured.need(all_positions=by in WHOLE)
     positions = checked_positions(positions, source.shape, source.mask)
-    held = source.held if positions is None else positions
+    read_positions = source.held if positions is None else positions
     return _attribute_to(
         model,
         source,
-        _checked_direction(config, direction, source.shape, held),
+        _checked_direction(config, direction, source.shape, read_positions),
         positions=positions,
         point=point,
         through=through,
@@ -135,12 +135,14 @@ def checked_reader(model: Transformer, point: StreamPoint, through: Any) -> None
     config = model.config
     name = point.field(config)
     readers = {"final": ("final",), "resid_mid": ("mlp",), "resid_pre": ("attn",)}[name]
+    # In a parallel block the MLP reads the same point as attention, through its own norm.
     if name == "resid_pre" and config.parallel and not config.shared_norm:
         readers = ("attn", "mlp")
-    held = {"final": model.norm_final is not None}
+    # A norm after the sum makes the next point of the stream: nothing reads through it.
+    has_norm = {"final": model.norm_final is not None}
     if config.n_layers and config.norm_placement != "stream_after":
-        held |= at_layer(model, _norms_of, 0)
-    choices = (None, *(reader for reader in readers if held.get(reader)))
+        has_norm |= at_layer(model, _norms_of, 0)
+    choices = (None, *(reader for reader in readers if has_norm.get(reader)))
     if through not in choices:
         do = "these read the stream at this point"
         raise ValueError(expected("through", f"one of {choices}", repr(through), do))
@@ -149,6 +151,7 @@ def checked_reader(model: Transformer, point: StreamPoint, through: Any) -> None
 def _checked_direction(
     config: ModelConfig, direction: Any, shape: tuple[int, ...], positions: Any
 ) -> Array:
+    # A jax.Array may be traced, and NumPy cannot convert a traced one.
     direction = direction if isinstance(direction, jax.Array) else np.asarray(direction)
     if not jnp.issubdtype(direction.dtype, jnp.floating):
         do = "convert it"
@@ -189,6 +192,7 @@ def _attribute_to(
     r, constant, scale = direction, jnp.zeros(direction.shape[:-1], config.acc), None
     if through is not None:
         norm, scale = _reader(model, stream, point, through)
+        # The direction goes back through the norm once. No term has to go forward through it.
         r = norm.transposed(direction)
         if norm.b is not None:
             constant = contract("...D,D->...", direction, norm.b[...])
@@ -197,12 +201,14 @@ def _attribute_to(
     if direction.ndim == x.ndim and direction.ndim > 2:
         values, value = parts.along(r), contract("...D,...D->...", x, r)
     else:
+        # One direction is N = 1, so that both go through `project`; the shape comes back below.
         flat = r.reshape(-1, r.shape[-1])
         shape = (*stream.mask.shape, *r.shape[:-1])
         values = parts.project(flat)
         values = values.reshape(values.shape[0], *shape)
         value = contract("...D,ND->...N", x, flat).reshape(shape)
         constant = over(constant, value) if constant.ndim else constant
+    # The scale divides the results rather than the terms: there are far fewer numbers.
     if scale is not None:
         scale = scale.reshape(*scale.shape, *(1,) * (value.ndim - scale.ndim))
         values, value = values / scale[None], value / scale

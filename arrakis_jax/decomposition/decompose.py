@@ -1,4 +1,4 @@
-"""The stream at one point as the sum of everything written before it, kept as factors."""
+"""The stream at one point as the sum of all that was written before it, kept as factors."""
 
 from typing import Any
 
@@ -26,17 +26,16 @@ def decompose(
     positions: tuple[int, ...] | None = None,
     mask: Mask | None = None,
 ) -> Decomposition:
-    """What wrote the residual stream at one point.
+    """The terms that wrote the residual stream at one point.
 
     `x = embed + pos + sum_l (attn_l + mlp_l)`, with `attn_l = sum_h z_lh w_o[l,h] + b_o[l]` and
-    `mlp_l = sum_n a_ln w_out[l,n] + b_out[l]`; with experts `mlp_l = sum_e g_le (sum_n a_len
-    w_out[l,e,n] + b_out[l,e])`, `g` zero for experts that a token is not sent to.
+    `mlp_l = sum_n a_ln w_out[l,n] + b_out[l]`. With experts `mlp_l = sum_e g_le (sum_n a_len
+    w_out[l,e,n] + b_out[l,e])`, where `g` is zero for experts that a token is not sent to.
     The terms sum to the stream at `at` (if no layers are left out). A head's term includes its
-    value bias. What attention or MLP writes through a norm, or what the stream itself is put
-    through, has that norm's scale frozen as it was: a linear map of every term (and the norm's
-    bias, a term). What an edit of the stream itself (resid_pre, resid_mid, resid_post, final)
-    adds is no term: the sum then lacks it; so with an edit of attn_out or mlp_out, where finer
-    terms than these are asked for.
+    value bias. Norms of outputs and norms on the stream have their scales frozen. They are then
+    linear maps of every term, and their biases are terms. An edit of the stream itself (resid_pre,
+    resid_mid, resid_post, final) adds no term, so the sum lacks the edit's change. The same holds
+    for an edit of attn_out or mlp_out if finer terms than these are asked for.
 
     Args:
         model: the transformer.
@@ -46,14 +45,13 @@ def decompose(
         layer: `layer=n` is short for `at=("resid_post", n)`.
         by: "component" (kinds embed, pos, attn, mlp), "head" (embed, pos, head, attn_bias, mlp),
             "neuron" (embed, pos, attn, neuron, mlp_bias; with experts neuron n of expert e is
-            e * F + n, those of the shared expert follow, and mlp_bias counts experts),
+            e * F + n, the shared expert's neurons follow, and mlp_bias counts experts),
             "expert" (embed, pos, attn, expert, shared_expert; mlp in layers without experts) or
-            "source" (as "head", with each head split into what it read from each position:
+            "source" (as "head", but each head is split by the position that it reads:
             `pattern[t,s] v_s w_o`; `label.source` is the column s of `tokens`).
-            Kinds that the model does not have are left out; norm_bias is added where there is
-            one. A model whose stream is rounded (`stream_dtype`) also has attn_rounding and
-            mlp_rounding, and needs a stream captured with resid_pre, attn_out, resid_mid, mlp_out
-            and final besides.
+            Kinds that the model does not have are left out. A norm's bias adds norm_bias. A model
+            whose stream is rounded (`stream_dtype`) also has attn_rounding and mlp_rounding. Its
+            captured stream must also have resid_pre, attn_out, resid_mid, mlp_out and final.
         layers: list the terms of these layers only; their sum is then not the stream.
         kinds: list the terms of these kinds only, such as `("head",)`.
         positions: these positions only, counted in real tokens (T in the result is their number).
@@ -89,6 +87,7 @@ def decompose(
     source = source_of(model, residuals, mask, name="residuals")
     if source.captured is not None:
         source.captured.need(all_positions=by in WHOLE)
+    # All but the arrays is static: the terms and their labels depend on it, so it must be hashable.
     return _decompose(
         model,
         source,
@@ -112,5 +111,6 @@ def _decompose(
     kinds: Kinds,
 ) -> Decomposition:
     stream, ranks = terms_stream(model, source, by, kinds=kinds, layers=layers, positions=positions)
+    # From before the first layer, so that the embeddings are terms as well.
     span = Span(StreamPoint(0, 0), end)
     return Decomposition(*terms(model, stream, ranks, span, by=by, layers=layers, kinds=kinds))

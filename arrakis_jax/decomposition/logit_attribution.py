@@ -1,4 +1,4 @@
-"""What wrote a logit: every term's share, through the final norm with its scale as it was."""
+"""The terms that wrote a logit: every term's share, through the final norm, scale frozen."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -41,14 +41,14 @@ class LogitAttribution(TermValues):
 
     Attributes:
         terms: `[C,B]`, or `[C,B,T]` for every position.
-        constant: `[B]` (`[B,T]`), what depends on no term: `beta . u + b_u`.
+        constant: `[B]` (`[B,T]`), the part that no term writes: `beta . u + b_u`.
         logit: `[B]` (`[B,T]`), the model's logit or logit difference, read from `final`.
-        rest: `[B]` (`[B,T]`), `logit - constant - sum(terms)`: what terms that are not listed
-            wrote, where layers or kinds were selected; else rounding, and in an edited forward what
-            the edits broke.
-        gap: `[B]` (`[B,T]`), `|rest|` over the sum of absolute terms; NaN where terms are not
-            listed, and there is nothing to check.
-        labels: what each term is.
+        rest: `[B]` (`[B,T]`), `logit - constant - sum(terms)`. If layers or kinds were selected,
+            it is the sum of all other terms. Else it is rounding, and in an edited forward the
+            effect of edits that add no term.
+        gap: `[B]` (`[B,T]`), `|rest|` over the sum of absolute terms; NaN if layers or kinds were
+            selected, as `rest` then tests nothing.
+        labels: the name of each term.
     """
 
     terms: Float[Array, "C B"]
@@ -74,34 +74,34 @@ def logit_attribution(
 ) -> LogitAttribution:
     """Direct logit attribution: which terms of the stream write a logit or logit difference.
 
-    `term_c = x_c . r / s` with `r = gamma * u` (LayerNorm: centred, so that terms need not be),
-    `u` the target's unembedding (minus that of `against`) and `s` the observed scale of the
-    final norm. The terms plus the constant equal the model's logit. Weights are used as they are.
-    The norm's scale is frozen, as are those of norms that a term is written through: this is an
-    exact account of this forward, not of what removing a term would do. Factors on the logits are
-    included; a soft-cap is not: the logit is that before it.
+    `term_c = x_c . r / s` with `r = gamma * u` (LayerNorm: centred, so that terms need not be).
+    `u` is the target's unembedding, minus the unembedding of `against`. `s` is the observed scale
+    of the final norm. The terms plus the constant equal the model's logit. Weights are used as
+    they are. The scales of all norms are frozen, so this is an exact account of this forward. It
+    does not say what removing a term would do. The logit is before a soft-cap, and includes
+    factors on the logits.
 
     Args:
         model: the transformer.
-        tokens: `[B,T]` token ids, or a stream already captured (with `capture_for(by)`), of
-            which nothing is run again.
+        tokens: `[B,T]` token ids, or a captured stream with `capture_for(by)`, which is not run
+            again.
         targets: token ids, an int or `[B]`; `[B,T]` with `position=None`.
         against: token ids whose logit is subtracted, or None.
         by: "component", "head", "neuron", "expert" or "source" (kinds as in `decompose`).
         position: counted in real tokens (-1 is each row's last): an int or `[B]`. None for every
             position.
-        layers: the terms of these layers only (and of the embedding): no others are computed.
+        layers: the terms of these layers (and of the embedding) only; no others are computed.
         kinds: the terms of these kinds only, such as `("head",)`.
         mask: `[B,T]`, with token ids.
         check: also check the values of arrays that are on an accelerator.
 
     Returns:
-        `.terms [C,B]` and their labels; `[C,B,T]` with `position=None`, zero at padding. In memory
-        that is all: heads, neurons and patterns exist for one layer at a time. For the largest
-        terms alone see `top_attribution`.
+        `.terms [C,B]` and their labels; `[C,B,T]` with `position=None`, zero at padding. Memory
+        holds nothing larger: heads, neurons and patterns exist for one layer at a time. For the
+        largest terms alone see `top_attribution`.
 
     Raises:
-        NotCapturedError: if a stream is given that lacks a field or position.
+        NotCapturedError: if a captured stream lacks a field or position.
 
     Example:
         >>> model, tokenizer = demo_model()
@@ -121,7 +121,7 @@ def logit_attribution(
 
 
 class Question(NamedTuple):
-    """The checked arguments of an attribution: arrays, and what is static."""
+    """The checked arguments of an attribution: arrays, and static values."""
 
     arrays: tuple[Source, Array | None, Array, Array | None]
     static: dict[str, Any]
@@ -152,10 +152,12 @@ def asked(
     if source.captured is not None:
         source.captured.need(all_layers=layers is None, all_positions=by in WHOLE)
     shape, columns = source.shape, source.held
+    # A captured stream may hold some positions only: those set the shape of the targets.
     if position is None:
         shape = shape if columns is None else (*shape[:-1], len(columns))
     else:
         columns = None if columns is None else (_column(position, columns),)
+        # A stream without a batch axis is checked as one row.
         rows = shape[0] if len(shape) == 2 else 1
         batch = None if source.mask is None else source.mask.reshape(rows, -1)
         position = checked_position(position, rows, batch, shape[-1])
@@ -167,15 +169,17 @@ def asked(
     return Question((source, position, targets, against), {"columns": columns, **static})
 
 
-def _column(position: Any, held: tuple[int, ...]) -> int:
-    """The one position asked for, as one of those that a stream holds."""
+def _column(position: Any, captured: tuple[int, ...]) -> int:
+    """The position asked for, which must be one of the captured positions."""
+    # A captured position is found by its number, so the number must be known and the same in
+    # all rows. `host` gives None for a traced one.
     values = host(position)
     chosen = set() if values is None else set(values.ravel().tolist())
-    if len(chosen) != 1 or not chosen <= set(held):
+    if len(chosen) != 1 or not chosen <= set(captured):
         got = "a traced one" if values is None else f"{values.tolist()}"
         raise NotCapturedError(
-            f"`position` must be one of those captured, {held}, the same in every row, got {got}; "
-            "run the model with positions=None in its Capture"
+            f"`position` must be one of those captured, {captured}, the same in every row, got "
+            f"{got}; run the model with positions=None in its Capture"
         )
     return chosen.pop()
 
@@ -193,6 +197,7 @@ def _attribute(
     layers: tuple[int, ...] | None,
     kinds: Kinds,
 ) -> LogitAttribution:
+    # A single position is a T axis of length 1 until the result, so one code serves both.
     at = columns if columns is not None or position is None else position[..., None]
     readout = readout_of(model, targets, against, position is not None)
     readout.check(model, source)
@@ -205,6 +210,7 @@ def _attribute(
                                 layers=layers, at=at)  # fmt: skip
     names, first = embeddings(model, stream, source.ranks(at), kinds)
     first = contract("C...D,...D->C...", first, reader.first)
+    # Inside the scan each layer was read where it writes. Norms of later layers come now.
     layered = [terms for terms, _ in walked.by_segment]
     labels = labels_of(model, names, layered, kinds, layers)
     if model.config.norms_stream:
@@ -223,15 +229,17 @@ def _at_the_end(
     layers: tuple[int, ...] | None,
 ) -> tuple[Array, list[tuple[Measured, ...]]]:
     """The terms of these layers, times the factors of all later norms on the stream."""
-    # from_layer[l]: the product of the factors of layers l and later; one after the last.
+    # from_layer[l]: the product of the factors of layers l and later; 1 after the last layer.
+    # The direction's length, which the scan left out, comes in here once.
     from_layer = jax.lax.cumprod(passed, axis=0, reverse=True)
     from_layer = jnp.concatenate([from_layer, jnp.ones_like(reader.size)[None]]) * reader.size[None]
     at_the_end = []
-    for terms, own in zip(layered, segment_layers(model), strict=True):
-        kept = np.array([i for i in own if layers is None or i in layers], int)
+    for terms, members in zip(layered, segment_layers(model), strict=True):
+        kept = np.array([i for i in members if layers is None or i in layers], int)
         if len(kept):
+            # A layer's own norms are in its terms already.
             later = from_layer[kept + 1][:, None]
-            rows = kept - own[0]
+            rows = kept - members[0]
             at_the_end.append(tuple(Measured(t.value[rows] * later, t.kind) for t in terms))
     return first * from_layer[:1], at_the_end
 
@@ -244,8 +252,9 @@ def _result(
     labels: Labels,
     complete: bool,
 ) -> LogitAttribution:
-    """The result, from each term's product with the direction; NaN where there is no position."""
+    """The result, from each term's product with the direction; NaN where a position is missing."""
     read = readout.of(model, stream)
+    # The final norm's scale comes in once, after all sums over D.
     terms = jnp.where(stream.mask[None], values / read.scale[None], readout.absent)
     rest = read.logit - read.constant - terms.sum(0)
     gap = ratio(jnp.abs(rest), jnp.abs(terms).sum(0)) if complete else jnp.full_like(rest, jnp.nan)

@@ -1,4 +1,4 @@
-"""The stream after one layer as what entered it plus what the layer wrote."""
+"""The stream after one layer, as the stream before it plus the layer's writes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,15 +22,15 @@ from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, repr=False)
 class ResidualDecomposition(Record):
-    """The parts of `resid_post[layer_idx]`; they sum to it, in this order, exactly.
+    """The parts of `resid_post[layer_idx]`. Added in this order they sum to it exactly.
 
-    (To the rounding of the stream, in a model with a `stream_dtype`: see `decompose`.)
+    With a `stream_dtype` the sum is exact up to the rounding of the stream: see `decompose`.
 
     Attributes:
-        from_prev: `[B,T,D]`, what entered the layer: everything written before it.
-        from_attn: `[B,T,D]`, what its attention wrote.
-        from_mlp: `[B,T,D]`, what its MLP wrote; zero in a model without.
-        from_norm: `[B,T,D]`, what norms on the stream itself changed; zero in pre-norm models.
+        from_prev: `[B,T,D]`, the stream that entered the layer: all that was written before it.
+        from_attn: `[B,T,D]`, the output of its attention.
+        from_mlp: `[B,T,D]`, the output of its MLP; zero in a layer without one.
+        from_norm: `[B,T,D]`, the biases of norms on the stream itself; zero in pre-norm models.
     """
 
     from_prev: Float[Array, "B T D"]
@@ -42,7 +42,7 @@ class ResidualDecomposition(Record):
 def residual_decomposition(
     activations: ResidualStream | ModelOutput, layer_idx: int | Int[Array, ""]
 ) -> ResidualDecomposition:
-    """What entered a layer, and what its attention and its MLP added.
+    """The stream that entered a layer, and the outputs that its attention and its MLP added.
 
     `resid_post = resid_pre + attn_out + mlp_out`.
 
@@ -57,8 +57,8 @@ def residual_decomposition(
     Raises:
         IndexError: if there is no such layer.
         NotCapturedError: if the stream does not hold it.
-        ValueError: for a model with norms on the stream itself (OPT-350m), whose parts need the
-            norms' weights: `ResidualTools(model)` has them.
+        ValueError: for a model with norms on the stream itself (OPT-350m). Its parts need the
+            norms' weights, which `ResidualTools(model)` has.
 
     Example:
         >>> model, tokenizer = demo_model()
@@ -69,8 +69,8 @@ def residual_decomposition(
         True
 
     Reference:
-        Elhage et al. 2021, "Residual stream"; `residual_decomposition` of Arrakis, whose identity
-        is corrected here.
+        Elhage et al. 2021, "Residual stream"; `residual_decomposition` of Arrakis. This function
+        corrects its identity.
     """
     stream = stream_of(activations)
     if stream is None:
@@ -90,6 +90,7 @@ def residual_decomposition(
 def _parts(
     resid_pre: Array, attn_out: Array, mlp_out: Array | None, row: Array
 ) -> ResidualDecomposition:
+    # The row is traced, so that one program serves all layers.
     def at(stack: Array) -> Array:
         return jax.lax.dynamic_index_in_dim(stack, row, keepdims=False)
 
@@ -107,7 +108,7 @@ def normed_decomposition(
 ) -> ResidualDecomposition:
     """`residual_decomposition` of a model with norms on the stream itself, scales frozen.
 
-    Each part is taken through the layer's norms as linear maps; `from_norm` is their biases.
+    Each part goes through the layer's norms as linear maps. `from_norm` is the norms' biases.
     """
     stream = stream_of(activations)
     assert stream is not None
@@ -129,6 +130,8 @@ def _normed_parts(
         ),
     )
     real = stream.mask[..., None]
+    # A norm applies to all parts in the stream at that time. With `stream_before` it comes before
+    # the module's output is added, so that output joins the parts after it.
     parts, before = [x[0]], model.config.norm_placement == "stream_before"
     biases = jnp.zeros_like(x[0])
     for norm, scale, written in zip(norms, scales, x[1:], strict=True):
@@ -136,6 +139,7 @@ def _normed_parts(
         parts = [norm.linear(part) / scale for part in parts]
         biases = norm.linear(biases) / scale
         if norm.b is not None:
+            # Padding stays zero, so a bias counts at real tokens only.
             biases = biases + jnp.where(real, over(norm.b[...].astype(biases.dtype), biases), 0)
         parts = [*parts, written] if before else parts
     return ResidualDecomposition(
@@ -144,7 +148,8 @@ def _normed_parts(
 
 
 def _row(stream: ResidualStream, layer_idx: Any) -> Any:
-    """Where a layer stands on the L axis of a stream."""
+    """The index of a layer on the L axis of a stream."""
+    # With only some layers captured, the index is a position in their tuple: it cannot be traced.
     if stream.layers is None:
         return checked_layer(layer_idx, stream.resid_pre.shape[0])
     return _held(stream.layers, layer_idx)

@@ -1,4 +1,4 @@
-"""The largest terms of a logit, found as the layers run, so that the others never exist."""
+"""The largest terms of a logit. They are chosen as the layers run, so the others are not kept."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,11 +32,11 @@ class TopAttribution(Record):
 
     Attributes:
         terms: `[k,B]` (`[k,B,T]` for every position), by falling absolute value.
-        index: `[k,B]` (`[k,B,T]`), which terms: `labels[int(index[i, b])]` says what each is.
+        index: `[k,B]` (`[k,B,T]`), the numbers of the terms: `labels[int(index[i, b])]` names one.
         constant, logit: `[B]` (`[B,T]`), as in LogitAttribution.
-        rest: `[B]` (`[B,T]`), `logit - constant - sum(terms)`: what all others wrote.
+        rest: `[B]` (`[B,T]`), `logit - constant - sum(terms)`: the sum of all other terms.
         gap: `[B]` (`[B,T]`), as in LogitAttribution, over all terms.
-        labels: what each of all C terms is.
+        labels: the name of each of all C terms.
     """
 
     terms: Float[Array, "k B"]
@@ -67,11 +67,11 @@ def top_attribution(
     mask: Mask | None = None,
     check: bool = False,
 ) -> TopAttribution:
-    """The k largest of the terms of `logit_attribution`, by absolute value.
+    """The k largest terms of `logit_attribution`, by absolute value.
 
-    The same numbers as `logit_attribution(...).top(k)`, but each layer's terms are dropped as
-    soon as the largest so far are known: at every position of a large model, all of its neurons'
-    terms would not fit in memory.
+    The numbers are those of `logit_attribution(...).top(k)`. But each layer's terms are dropped as
+    soon as the largest so far are known. All neurons' terms at every position of a large model
+    would not fit in memory.
 
     Args:
         model: the transformer.
@@ -79,7 +79,7 @@ def top_attribution(
         targets: token ids, an int or `[B]`; `[B,T]` with `position=None`.
         k: how many terms.
         against: token ids whose logit is subtracted, or None.
-        by: "neuron", "source", or any other that `logit_attribution` takes.
+        by: "neuron", "source", or any other value that `logit_attribution` takes.
         position: counted in real tokens: an int or `[B]`; None for every position.
         layers: the terms of these layers only.
         kinds: the terms of these kinds only, such as `("neuron",)`.
@@ -90,7 +90,7 @@ def top_attribution(
         A TopAttribution.
 
     Raises:
-        ValueError: if there are fewer than k terms; and as `logit_attribution`.
+        ValueError: if there are fewer than k terms, and as in `logit_attribution`.
 
     Example:
         >>> model, tokenizer = demo_model()
@@ -111,14 +111,14 @@ def top_attribution(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Largest:
-    """The k largest terms so far, and the sums of all.
+    """The k largest terms so far, and the sums of all terms so far.
 
     Attributes:
-        size: `[B,T,k]`, absolute values; -1 where there was none yet.
-        value, layer, place: `[B,T,k]`, the terms, their layers (-1 before the layers), and which
-            of their layer's terms they are.
+        size: `[B,T,k]`, absolute values; -1 where there is no term yet.
+        value, layer, place: `[B,T,k]`, the terms, their layers (-1 before the layers), and their
+            numbers among the terms of their layer.
         total, absolute: `[B,T]`, the sum of all terms and of their absolute values.
-        through: `[B,T]`, the factor on the embedding, of all norms on the stream so far.
+        through: `[B,T]`, the product of the factors of all norms on the stream so far.
     """
 
     size: Array
@@ -131,15 +131,16 @@ class Largest:
 
     @classmethod
     def none(cls, shape: tuple[int, ...], k: int, dtype: Any) -> "Largest":
-        """Before any term."""
+        """The state before any term."""
+        # No absolute value is below -1, so every real term displaces an empty place.
         zero, whole = jnp.zeros((*shape, k), dtype), jnp.zeros((*shape, k), int)
         total = jnp.zeros(shape, dtype)
         return cls(zero - 1, zero, whole, whole, total, total, total + 1)
 
     def past(self, passed: Float[Array, "B T"]) -> "Largest":
-        """After norms on the stream, which multiply all that was written before them.
+        """The state after norms on the stream, which multiply all earlier terms.
 
-        The factors are positive, so the k largest remain the k largest.
+        The factors are positive, so the k largest terms stay the k largest.
         """
         factor = passed[..., None]
         return replace(
@@ -154,10 +155,13 @@ class Largest:
     def and_of(
         self, terms_mBT: Float[Array, "m B T"], layer: Array | int, listed: Array | bool = True
     ) -> "Largest":
-        """After these terms of a layer, if it is listed."""
+        """The state after these terms of a layer, if the layer is listed."""
+        # Whether a layer is listed is traced. A layer that is not gets the size -1, which keeps
+        # its terms out, and zeros as terms, which leave the sums as they are.
         terms = jnp.where(listed, jnp.moveaxis(terms_mBT, 0, -1), 0)
         k, places = self.size.shape[-1], jnp.broadcast_to(jnp.arange(terms.shape[-1]), terms.shape)
         size = jnp.where(listed, jnp.abs(terms), -1)
+        # The old terms come first, so that of equal terms the earlier one stays.
         size, chosen = jax.lax.top_k(jnp.concatenate([self.size, size], -1), k)
 
         def merged(old: Array, new: Array) -> Array:
@@ -197,6 +201,7 @@ def _find(
     def step(largest: Largest, layer: LayerValues) -> tuple[Largest, tuple[Measured, ...]]:
         if layer.passed is not None:
             largest = largest.past(layer.passed)
+        # The labels need the static kinds, so they leave the scan without any values.
         kinds_only = tuple(Measured(each.value[:0], each.kind) for each in layer.terms)
         if not layer.terms:
             return largest, kinds_only
@@ -210,6 +215,8 @@ def _find(
     names, first = embeddings(model, stream, ranks, kinds)
     labels = labels_of(model, names, walked.by_segment, kinds, layers)
     checked_count("k", k, len(labels))
+    # The embedding comes last, when the factor of all norms on the stream is known. The
+    # direction's length, which the scan left out, multiplies everything once.
     first = contract("C...D,...D->C...", first, reader.first) * walked.state.through[None]
     largest = walked.state.and_of(first, -1).past(reader.size)
     return _result(model, stream, readout, largest, labels, layers is None and kinds is None)
@@ -223,7 +230,9 @@ def _result(
     labels: Labels,
     complete: bool,
 ) -> TopAttribution:
-    begins = np.zeros(model.config.n_layers + 1, int)  # the last: before the layers
+    # begins[l]: how many terms come before layer l. The embedding has layer -1, which reads the
+    # last entry: 0.
+    begins = np.zeros(model.config.n_layers + 1, int)
     begin = len(labels.first)
     for segment in labels.segments:
         for layer in segment.layers:

@@ -1,4 +1,4 @@
-"""Compiled, checked entries to the forward, and how every tool is compiled."""
+"""Compiled, checked entries to the forward, and the decorator that compiles every tool."""
 
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -27,17 +27,18 @@ from arrakis_jax.stream.residuals import ModelOutput
 def cpu_compiler_options() -> dict[str, str]:
     """`compiler_options` for a caller's own outermost `jax.jit` of bfloat16 models on CPU.
 
-    XLA on CPU widens bfloat16 weights for its products and moves that out of the scan over
-    layers, which holds the whole model in float32 once more. These options keep it inside. They
-    are only accepted by the outermost jit. The library's own entries apply them themselves.
+    XLA on CPU widens bfloat16 weights for its products. It moves that out of the scan over layers,
+    so that a copy of the whole model exists in float32. These options keep it inside the scan.
+    Only the outermost jit accepts them. The library's own entries use them already.
     """
     return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
 def compiled(*static: str) -> Callable:
-    """`jax.jit` of a function of a model, with `cpu_compiler_options` where they serve."""
+    """`jax.jit` of a function of a model, with `cpu_compiler_options` where they help."""
 
     def decorate(function: Callable) -> Callable:
+        # Options belong to a jit, not to a call: two programs, and each call chooses one.
         plain = jax.jit(function, static_argnames=static)
         lean = jax.jit(function, static_argnames=static, compiler_options=cpu_compiler_options())
 
@@ -53,8 +54,10 @@ def compiled(*static: str) -> Callable:
 
 
 def _is_outermost_on_cpu(arguments: Any) -> bool:
+    # A jit inside another one refuses the options, and other platforms do not need them.
     arrays = [a for a in jax.tree.leaves(arguments) if isinstance(a, jax.Array)]
-    probe = jnp.zeros(())  # traced while a jit or scan is being traced around us
+    # Inside a caller's jit or scan a new array is a tracer, even if no argument is one.
+    probe = jnp.zeros(())
     if any(isinstance(a, Tracer) for a in (*arrays, probe)):
         return False
     return all(d.platform == "cpu" for d in arrays[0].devices())
@@ -94,6 +97,7 @@ def run(
         >>> out.logits.shape, out.residuals.resid_mid.shape
         ((2, 4, 451), (4, 2, 4, 128))
     """
+    # All checks come before jit, where values can be read and errors name the arguments.
     tokens, mask = checked_tokens(model.config, tokens, mask, check=check)
     edits = checked_edits(model, edits, tokens.shape, mask)
     capture = as_capture(capture)
@@ -123,17 +127,17 @@ def resume(
         x: `[B,T,D]`, the stream entering block `start`.
         start: an int in [-L, L] (L is the readout alone): the remaining layers are a static slice,
             and the result can be differentiated. Or a traced scalar: one program for all starts,
-            which runs only the remaining blocks, forward or forward-mode only (reverse-mode
-            differentiation raises, and either does where products are rounded to bfloat16). Do not
-            vmap over it: every start would run every block.
+            which runs only the remaining blocks. Reverse-mode differentiation then raises; so does
+            forward mode if products are rounded to bfloat16. Do not vmap over it: every start
+            would run every block.
         mask: `[B,T]`, as in the forward that `x` came from.
-        edits: as in `run`; only sites from block `start` on are met.
+        edits: as in `run`; only sites from block `start` on are reached.
 
     Returns:
         Logits, with `final` and `norm_final_scale` in the residual stream.
 
     Raises:
-        ValueError, IndexError: for a stream of another shape, or a block that is not there.
+        ValueError, IndexError: for a stream of another shape, or a block that does not exist.
 
     Example:
         >>> model, tokenizer = demo_model()
@@ -148,6 +152,7 @@ def resume(
         got = f"shape {x.shape}"
         raise ValueError(expected("x", f"`[B,T,{model.config.d_model}]`", got, do))
     if mask is not None:
+        # The stream has no tokens, so zeros stand in for them in the check of the mask.
         mask = checked_tokens(model.config, jnp.zeros(x.shape[:2], int), mask)[1]
     start = checked_layer(start, model.config.n_layers, name="start", end=1)
     edits = checked_edits(model, edits, x.shape[:2], mask)
@@ -167,7 +172,8 @@ def _resume_traced(model, x, start, mask, edits):
 
 
 def as_pytree(function: Callable) -> jax.tree_util.Partial:
-    """A function that jit takes as an argument; the arrays in a Partial are its leaves."""
+    """The function as a pytree, which jit takes as an argument. A Partial's arrays are leaves."""
+    # Leaves are traced, so new arrays in a Partial do not compile again.
     partial = jax.tree_util.Partial
     return function if isinstance(function, partial) else partial(function)
 
@@ -178,7 +184,7 @@ def checked_edits(
     shape: tuple[int, ...],
     mask: Array | None,
 ) -> Edits:
-    """The edits of tokens of this shape, checked; functions as pytrees, so that jit takes them."""
+    """The edits, checked for tokens of this shape. Functions become pytrees, which jit takes."""
     if isinstance(edits, Edit) or callable(edits):
         edits = (edits,)
     if not isinstance(edits, Iterable):

@@ -1,4 +1,4 @@
-"""What attention of one layer brings from every position, with all scales frozen."""
+"""The vectors that attention in one layer brings from every position, with scales frozen."""
 
 from typing import Any, NamedTuple
 
@@ -13,21 +13,21 @@ BROUGHT_FIELDS = ("resid_pre", "attn_out", "resid_mid", "pattern", "v", "norm_at
 
 
 class Brought(NamedTuple):
-    """What attention of one layer brings from every source position j to every position i.
+    """The vectors that attention in one layer brings from source position j to position i.
 
-    The vector that head h brings is `share_i pattern[h,i,j] v[j,h] w_o[h]`, and position i itself
-    brings `own_i`. With `bias_i`, which no position brings, they sum to `total_i`. All as written
-    to the stream: through norms of the output and of the stream, scales as they were, and factors.
+    Head h brings `share_i pattern[h,i,j] v[j,h] w_o[h]`, and position i itself brings `own_i`.
+    With `bias_i`, which no position brings, they sum to `total_i`. All vectors are as written to
+    the stream: after norms of the output and of the stream, scales frozen, and after factors.
 
     Attributes:
         pattern: `[B,H,T,S]`, attention probabilities.
-        v: `[B,S,H,K]`, values; those of a key/value head for each of its query heads.
+        v: `[B,S,H,K]`, values. Query heads that share a key/value head have equal values.
         w_o: `[H,K,D]`.
         share: `[B,T]`.
         own: `[B,T,D]`, the stream that attention adds to.
         total: `[B,T,D]`, the stream after attention, before the MLP.
-        brought: `[B,T,D]`, what heads bring from all positions together.
-        bias: `[B,T,D]`, the output's bias and those of norms.
+        brought: `[B,T,D]`, the sum over heads and source positions.
+        bias: `[B,T,D]`, the biases of the output and of norms.
     """
 
     pattern: Float[Array, "B H T S"]
@@ -41,17 +41,20 @@ class Brought(NamedTuple):
 
 
 def attention_brought(model: Transformer, layer: Layer) -> Brought:
-    """What attention of one layer brings from where; the layer has the fields `BROUGHT_FIELDS`."""
+    """The vectors that one layer's attention brings. The layer must have `BROUGHT_FIELDS`."""
     config, stream, block = model.config, layer.stream, layer.block
     acc = config.acc
     through, share = written(config, stream, block.norm_attn_out, "attn")
     w_o = through(block.attn.w_o[...])
-    own = stream.resid_pre.astype(acc)
+    own_stream = stream.resid_pre.astype(acc)
     bias = _output_bias(model, layer)
+    # A difference, because a sum over heads and sources would repeat attention's product.
     brought = stream.attn_out - bias
-    if config.norms_stream:  # attention adds to the normed stream, or its sum is normed
+    if config.norms_stream:
         norm: Any = block.norm_attn
-        own = norm.linear(own) / stream.norm_attn_scale[..., None]
+        # Either way the stream passes the norm. Attention's output passes it only if the norm
+        # comes after the sum. The map goes to w_o, and the scale, which has positions, to share.
+        own_stream = norm.linear(own_stream) / stream.norm_attn_scale[..., None]
         if config.norm_placement == "stream_after":
             w_o = norm.linear(w_o)
             share = share / stream.norm_attn_scale
@@ -59,6 +62,7 @@ def attention_brought(model: Transformer, layer: Layer) -> Brought:
                 norm.linear(x) / stream.norm_attn_scale[..., None] for x in (bias, brought)
             )
         bias = bias if norm.b is None else bias + over(norm.b[...].astype(acc), bias)
+    # A parallel block has no resid_mid.
     if config.parallel:
         total = stream.resid_pre.astype(acc) + stream.attn_out
     else:
@@ -66,11 +70,11 @@ def attention_brought(model: Transformer, layer: Layer) -> Brought:
     repeats = config.heads_per_group
     v = jnp.repeat(stream.v.astype(acc), repeats, -2)
     bias = jnp.where(stream.mask[..., None], bias, 0)
-    return Brought(stream.pattern.astype(acc), v, w_o, share, own, total, brought, bias)
+    return Brought(stream.pattern.astype(acc), v, w_o, share, own_stream, total, brought, bias)
 
 
 def _output_bias(model: Transformer, layer: Layer) -> Float[Array, "B T D"]:
-    """The biases in `attn_out`: of the product, through the norm of the output, and of the norm."""
+    """The biases in `attn_out`: `b_o` after the norm of the output, and that norm's own bias."""
     stream, b_o, norm = layer.stream, layer.block.attn.b_o, layer.block.norm_attn_out
     acc = model.config.acc
     bias = jnp.zeros(stream.attn_out.shape, acc)

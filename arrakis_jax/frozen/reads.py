@@ -1,4 +1,4 @@
-"""What reads the stream, with all scales frozen: the transposes of what writes to it."""
+"""Directions that read the stream, with all scales frozen: the transposes of the writes."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from arrakis_jax.nn.walk import Place, walk
 def logit_reader(
     model: Transformer, targets: Array, against: Array | None
 ) -> tuple[Float[Array, "... D"], Float[Array, "..."]]:
-    """What reads a logit, or a difference of two, from the normed stream, and its bias."""
+    """The direction that reads a logit (or the difference of two) from the normed stream; bias."""
     u, bias = model.unembedding(targets), model.unembedding_bias(targets)
     if against is not None:
         u, bias = u - model.unembedding(against), bias - model.unembedding_bias(against)
@@ -32,17 +32,17 @@ def logit_direction(model: Transformer, u: Float[Array, "... D"]) -> tuple[Array
 
 
 class LayerReader(NamedTuple):
-    """What reads a direction in one layer, before and after each norm on the stream.
+    """The directions that read one layer's stream, before and after each norm on the stream.
 
     A value that is read before a norm is multiplied by that norm's factor, once for each norm that
-    it still passes. Without norms on the stream the direction is the same everywhere.
+    it still passes. Without norms on the stream all directions are equal.
 
     Attributes:
-        pre: `[B,T,D]`, reads the sum that the norm of attention takes.
+        pre: `[B,T,D]`, reads the sum that enters the norm of attention.
         mid: `[B,T,D]`, reads the stream after attention.
         post: `[B,T,D]`, reads the stream after the MLP.
-        attn: `[B,T]`, the factor on passing the norm of attention.
-        mlp: `[B,T]`, and on passing the norm of the MLP.
+        attn: `[B,T]`, the factor of the norm of attention.
+        mlp: `[B,T]`, the factor of the norm of the MLP.
     """
 
     pre: Float[Array, "B T D"]
@@ -53,15 +53,15 @@ class LayerReader(NamedTuple):
 
 
 class StreamReader(NamedTuple):
-    """What reads a direction of the last layer's output all along the stream.
+    """The directions, at each layer, that read the value which r reads from the last output.
 
-    A norm on the stream with a frozen scale s is linear: what reads its output along r reads its
+    A norm on the stream with a frozen scale s is linear: reading its output along r is reading its
     input along `transposed(r) / s`. So the directions go backward through the norms. They are kept
     at length 1, and their lengths as factors, so that neither grows over many layers.
 
     Attributes:
         first: `[B,T,D]`, reads the embedding.
-        size: `[B,T]`, the length of the direction itself, a factor of everything.
+        size: `[B,T]`, the length of the direction itself, a factor of all values.
         posts: `[L,B,T,D]`, read each layer's output; None where `first` reads everywhere.
     """
 
@@ -79,16 +79,17 @@ class StreamReader(NamedTuple):
             mid = _before(place.block.norm_mlp, post)[0]
             return _before(place.block.norm_attn, mid)[0], post
 
+        # The length leaves the directions here and comes back once, as a factor of the results.
         size = norm(r)
         walked = walk(model, back, ratio(r, size[..., None]), reverse=True)
         return cls(walked.state, size, walked.found)
 
     def at(self, layer: Layer) -> LayerReader:
-        """What reads in this layer, with its norms' scales as they were."""
+        """The directions of this layer, with the observed scales of its norms."""
         if self.posts is None:
-            one = jnp.ones_like(self.size)
-            return LayerReader(self.first, self.first, self.first, one, one)
-        # The other two directions follow from this one: a third of the memory.
+            unit = jnp.ones_like(self.size)
+            return LayerReader(self.first, self.first, self.first, unit, unit)
+        # The other two directions are computed from this one, so memory holds a third.
         post = self.posts[layer.index]
         mid, mlp = _before(layer.block.norm_mlp, post)
         pre, attn = _before(layer.block.norm_attn, mid)
@@ -99,7 +100,7 @@ class StreamReader(NamedTuple):
 
 
 def _before(stream_norm: Norm | None, r: Array) -> tuple[Array, Array]:
-    """The unit direction that reads a norm's input as `r` does its output, and its length."""
+    """The direction before a norm that matches `r` after it: as a unit vector and its length."""
     assert stream_norm is not None
     r = stream_norm.transposed(r)
     size = norm(r)

@@ -13,11 +13,12 @@ from arrakis_jax.stream.residuals import ResidualStream
 def written(
     config: ModelConfig, stream: ResidualStream, norm: Norm | None, what: str
 ) -> tuple[Callable[[Array], Array], Float[Array, "B T"]]:
-    """How an output of attention ("attn") or the MLP ("mlp") reaches the stream.
+    """The linear map from an output of attention ("attn") or the MLP ("mlp") to the stream.
 
-    Through the norm of the output, its scale as it was, and the model's factor: as a linear map of
-    directions `[...,D]`, and what multiplies them at each position.
+    It is the norm of the output, its scale frozen, times the model's factor. The first result maps
+    directions `[...,D]`; the second multiplies them at each position.
     """
+    # The scale has positions and weights have none, so the two stay apart.
     share = jnp.full(stream.mask.shape, config.residual_scale, config.acc)
     if norm is not None:
         share = share / getattr(stream, f"norm_{what}_out_scale")

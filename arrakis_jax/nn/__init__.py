@@ -1,1 +1,1 @@
-"""The transformer: norm, rotary, attention, mlp, block, transformer, each in one file."""
+"""The transformer. Norm, rotary, attention, mlp, block and transformer have a file each."""

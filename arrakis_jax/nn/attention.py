@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped key/value heads; the heads are an axis of their own."""
+"""Causal self-attention with grouped key/value heads. The heads have their own axis."""
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +40,9 @@ class Attention(nnx.Module):
         layer: Int[Array, ""],
         site: Sites,
     ) -> Array:
-        """What the heads and the output bias add up to, `[B,T,D]`, before the mask of padding.
+        """The sum of all heads and the output bias, `[B,T,D]`. Padding is not masked yet.
 
-        `inputs` are those of queries, keys and values: `[B,T,D]`, or one for each head.
+        `inputs` are the inputs of queries, keys and values: `[B,T,D]`, or `[B,T,heads,D]`.
         """
         cfg = self.config
         x_q, x_k, x_v = inputs
@@ -59,9 +59,11 @@ class Attention(nnx.Module):
                 rotate(x, *context.rotation, interleaved=cfg.rope_interleaved)
                 for x in (q_BTHK, k_BTGK)
             )
+        # The sites come after norm, clip and rotation: the scores are products of these q and k.
         q_BTHK = site("q", q_BTHK)
         k_BSGK = site("k", k_BTGK)
         v_BSGK = site("v", v_BTGK)
+        # Keys and values of earlier tokens went through their sites in their own forward.
         if context.before is not None:
             pairs = zip(context.before, (k_BSGK, v_BSGK), strict=True)
             k_BSGK, v_BSGK = (jnp.concatenate(pair, 1) for pair in pairs)
@@ -69,14 +71,16 @@ class Attention(nnx.Module):
         scores_BGRTS = self.scores(q_BTHK, k_BSGK, context, layer)
         pattern_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1)
         allowed = context.allowed[:, None, None]
+        # The slice drops the column of the sinks. The `where` sets rows without any key to zero,
+        # where softmax gives every key the same share.
         pattern_BGRTS = jnp.where(allowed, pattern_BGRTS[..., : allowed.shape[-1]], 0)
         pattern_BHTS = rearrange(pattern_BGRTS, "B G R T S -> B (G R) T S")
         pattern_BHTS = site("pattern", pattern_BHTS, axis=2)
 
         pattern_BGRTS = rearrange(pattern_BHTS, "B (G R) T S -> B G R T S", G=cfg.n_kv_heads)
-        # Both products with the heads as batch axes in front: of other orders XLA copies on a CPU.
+        # The heads are batch axes in front in both products: on CPU, XLA copies other orders.
         z_BGRTK = product("BGRTS,BSGK->BGRTK", pattern_BGRTS, v_BSGK, config=cfg)
-        # In the operands' dtype, so that the heads' terms are those that the product below sums.
+        # Cast to the dtype of the product below, so that the recorded z is exactly what it sums.
         z_BTHK = rearrange(z_BGRTK, "B G R T K -> B T (G R) K").astype(cfg.operands)
         z_BTHK = site("z", z_BTHK)
         return flat_affine(z_BTHK, self.w_o, self.b_o, cfg, n_in=2)
@@ -84,13 +88,14 @@ class Attention(nnx.Module):
     def scores(
         self, q_BTHK: Array, k_BSGK: Array, context: AttentionContext, layer: Int[Array, ""]
     ) -> Array:
-        """What softmax turns into attention, `[B,G,R,T,S]`; with sinks `[B,G,R,T,S+1]`.
+        """The scores before softmax, `[B,G,R,T,S]`; with sinks `[B,G,R,T,S+1]`.
 
-        The least finite number at keys that may not be read.
+        A key that may not be read has the least finite number.
         """
         cfg, scale = self.config, self.config.score_scale(layer)
         q_BGRTK = rearrange(q_BTHK, "B T (G R) K -> B G R T K", G=cfg.n_kv_heads)
         scores_BGRTS = product("BGRTK,BSGK->BGRTS", q_BGRTK, k_BSGK, config=cfg)
+        # Falcon adds ALiBi's bias before the scale, other models after it.
         bias = context.bias
         if bias is not None:
             bias = rearrange(bias, "B (G R) S -> B G R 1 S", G=cfg.n_kv_heads)
@@ -98,8 +103,9 @@ class Attention(nnx.Module):
         scores_BGRTS = softcap(scores_BGRTS * scale, cfg.attention_softcap)
         scores_BGRTS = scores_BGRTS if bias is None else scores_BGRTS + bias
         allowed = context.allowed[:, None, None]
-        # A finite minimum and a second `where`: rows of padding have no key at all.
+        # Finite, because a row of padding has no key: softmax of -inf alone would be NaN.
         scores_BGRTS = jnp.where(allowed, scores_BGRTS, jnp.finfo(cfg.acc).min)
+        # A sink is one more key without a value: it takes probability and writes nothing.
         if self.sinks is not None:
             sinks = self.sinks[...].astype(cfg.acc).reshape(cfg.n_kv_heads, -1, 1, 1)
             sinks = jnp.broadcast_to(over(sinks, scores_BGRTS), (*scores_BGRTS.shape[:-1], 1))
@@ -108,14 +114,14 @@ class Attention(nnx.Module):
 
 
 def _projected(x: Array, w: nnx.Param, b: nnx.Param | None, config: ModelConfig) -> Array:
-    """Queries, keys or values, from one input of all heads or from one for each."""
+    """Queries, keys or values. The heads share one input or have one each."""
     if x.ndim == 3:
         return flat_affine(x, w, b, config)
     return affine("BTHD,DHK->BTHK", x, w, b, config)
 
 
 def _qk_norm(config: ModelConfig, stack: tuple[int, ...], n_heads: int) -> Norm | None:
-    """The norm of queries or keys: of each head, or of all heads at once."""
+    """The norm of queries or keys, over each head or over all heads at once."""
     if config.qk_norm is None:
         return None
     shape = (config.d_head,) if config.qk_norm == "head" else (n_heads, config.d_head)

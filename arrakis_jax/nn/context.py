@@ -1,4 +1,4 @@
-"""What positions decide in attention: rotations, which keys are read, and ALiBi's biases."""
+"""What attention needs to know of positions: rotations, allowed keys and ALiBi's biases."""
 
 import math
 from dataclasses import dataclass, replace
@@ -15,13 +15,13 @@ from arrakis_jax.stream.padding import Padding
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What attention of one layer takes from the positions.
+    """What attention in one layer needs to know of positions.
 
     Attributes:
         rotation: cosines and sines `[B,T,K/2]`, or None without RoPE.
-        allowed: `[B,T,S]` (or `[1,T,S]`), which keys each query may read.
+        allowed: `[B,T,S]` (or `[1,T,S]`), True where a query may read a key.
         bias: `[B,H,S]`, ALiBi's bias on scores, or None.
-        before: keys and values `[B,N,G,K]` of N tokens before these; S is then N + T.
+        before: keys and values `[B,N,G,K]` of N earlier tokens; S is then N + T.
     """
 
     rotation: tuple[Array, Array] | None
@@ -35,12 +35,12 @@ class AttentionContexts:
     """The `AttentionContext` of every layer. Each kind is computed once, outside the scan.
 
     Attributes:
-        rotations: each kind of rotation in the model; None if no layer rotates.
-        rotation_of_layer: `[L]`, which of them each layer has.
-        allowed: each kind of `AttentionContext.allowed` in the model.
-        allowed_of_layer: `[L]`, which of them each layer has.
+        rotations: the distinct rotations in the model; None if no layer rotates.
+        rotation_of_layer: `[L]`, the index in `rotations` for each layer.
+        allowed: the distinct `AttentionContext.allowed` in the model.
+        allowed_of_layer: `[L]`, the index in `allowed` for each layer.
         bias: ALiBi's bias.
-        before: keys and values `[L,B,N,G,K]` of the tokens before these.
+        before: keys and values `[L,B,N,G,K]` of N earlier tokens.
     """
 
     rotations: list[tuple[Array, Array]] | None
@@ -52,7 +52,7 @@ class AttentionContexts:
 
     @classmethod
     def of(cls, config: ModelConfig, padding: Padding) -> "AttentionContexts":
-        """Everything that the layers of this config need, for tokens with this padding."""
+        """The contexts of all layers of this config, for tokens with this padding."""
         windowed = _per_layer(config, config.window_layers, config.window is not None)
         rotations, rotation_of_layer = None, np.zeros(len(windowed), int)
         if config.rope_theta is not None:
@@ -67,13 +67,14 @@ class AttentionContexts:
         )
 
     def after(self, before: tuple[Array, Array]) -> "AttentionContexts":
-        """The same of the tokens after those whose keys and values these are."""
+        """The contexts of the later tokens alone, given the keys and values of the earlier."""
+        # Only the query axis is cut: later tokens still read the keys of earlier ones.
         n = before[0].shape[2]
         rotations, allowed = jax.tree.map(lambda x: x[:, n:], (self.rotations, self.allowed))
         return replace(self, rotations=rotations, allowed=allowed, before=before)
 
     def at(self, layer: Int[Array, ""]) -> AttentionContext:
-        """What this layer needs."""
+        """The context of this layer."""
         turn = (
             None if self.rotations is None else _pick(self.rotations, self.rotation_of_layer, layer)
         )
@@ -83,14 +84,15 @@ class AttentionContexts:
         )
 
 
-def _per_layer(config: ModelConfig, given: tuple[bool, ...] | None, default: bool) -> np.ndarray:
-    return np.array((default,) * max(config.n_layers, 1) if given is None else given, int)
+def _per_layer(config: ModelConfig, flags: tuple[bool, ...] | None, default: bool) -> np.ndarray:
+    # A model without layers has one entry too, so that the kinds below are never none.
+    return np.array((default,) * max(config.n_layers, 1) if flags is None else flags, int)
 
 
 def _rotations(
     config: ModelConfig, padding: Padding, windowed: np.ndarray
 ) -> tuple[list[tuple[Array, Array]], np.ndarray]:
-    """The kinds of rotation: ordinary, in layers with a window, none; and each layer's."""
+    """The distinct rotations (0 ordinary, 1 with a window, 2 none), and each layer's index."""
     theta, longest = config.rope_theta, padding.count.max(initial=0)
     assert theta is not None
     kinds = windowed * (config.window_rope_theta is not None)
@@ -101,15 +103,17 @@ def _rotations(
             theta, scaling = config.window_rope_theta or theta, config.window_rope_scaling
         else:
             theta, scaling = config.rope_theta or theta, config.rope_scaling
+        # A layer that does not rotate turns by zero, so that all layers run the same program.
         cos, sin = rotation(config, theta, scaling, padding.rank, longest)
         rotations.append((jnp.ones_like(cos), jnp.zeros_like(sin)) if kind == 2 else (cos, sin))
     return rotations, np.searchsorted(np.unique(kinds), kinds)
 
 
 def _pick(kinds: list, index: np.ndarray, layer: Int[Array, ""]):
-    """The kind of a layer."""
+    """The entry of `kinds` that a layer uses."""
     if len(kinds) == 1:
         return kinds[0]
+    # A traced layer cannot index a Python list, so the kinds are stacked.
     which = jnp.asarray(index)[layer]
     return jax.tree.map(
         lambda *values: jax.lax.dynamic_index_in_dim(jnp.stack(values), which, keepdims=False),
@@ -118,24 +122,27 @@ def _pick(kinds: list, index: np.ndarray, layer: Int[Array, ""]):
 
 
 def alibi(config: ModelConfig, position_BS: Int[Array, "B S"]) -> Float[Array, "B H S"]:
-    """ALiBi's bias on the scores of each key: its slope times the key's position.
+    """ALiBi's bias on the scores of each key: the head's slope times the key's position.
 
-    (Press et al. 2022 subtract the query's position too, which no softmax sees.)
+    Press et al. 2022 also subtract the query's position. Softmax cancels that constant.
     """
     position = position_BS[..., None, :].astype(config.acc)
     slope = over(jnp.asarray(slopes(config.n_heads), config.acc)[:, None], position)
     if not config.falcon_alibi:
         return slope * position
+    # Falcon's own code computes this bias in bfloat16, so the rounding is part of the model.
     return _bfloat16(_bfloat16(slope) * _bfloat16(position))
 
 
 def _bfloat16(x: Array) -> Array:
-    """Rounded to bfloat16; `astype` there and back is a rounding that XLA may leave out."""
+    """Rounds to bfloat16. XLA may drop the rounding of an `astype` there and back."""
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
 def slopes(n_heads: int) -> np.ndarray:
-    """`[H]`, ALiBi's slopes: powers of two for a power of two of heads, and some between."""
+    """`[H]`, ALiBi's slopes: a geometric sequence if H is a power of two, else some between."""
+    # The largest power of two of heads gets the paper's slopes. The other heads get every second
+    # slope of a sequence twice as long, as the paper's authors do.
     power = 2 ** math.floor(math.log2(n_heads))
     first = 2.0 ** (-8 / power * np.arange(1, power + 1))
     between = 2.0 ** (-4 / power * np.arange(1, 2 * (n_heads - power) + 1, 2))

@@ -1,4 +1,4 @@
-"""Both ends of the stream: token ids become its first point, its last point becomes logits."""
+"""Both ends of the stream: token ids become its first point, and its last becomes logits."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from arrakis_jax.stream.padding import Padding
 
 
 class Ends(nnx.Module):
-    """What a Transformer does with its parameters outside of the blocks."""
+    """The embedding and the unembedding of a Transformer: all that is not in its blocks."""
 
     config: ModelConfig
     w_e: Any
@@ -30,12 +30,13 @@ class Ends(nnx.Module):
     def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The token embeddings as the stream holds them: scaled, projected and normed.
 
-        Without positions. NaN for an id outside of the vocabulary.
+        Position embeddings are not added. An id outside of the vocabulary gives NaN.
         """
         return self._embedded(_rows(self.w_e[...], tokens))
 
     def _embedded(self, e: Float[Array, "... M"]) -> Float[Array, "... D"]:
-        """What the stream holds of these rows of the embedding."""
+        """Rows of the embedding as the stream holds them."""
+        # The scale is rounded to the weights' dtype, as Gemma's code does.
         scale = jnp.asarray(self.config.embed_scale, self.config.dtype).astype(self.config.acc)
         x = e.astype(self.config.acc) * scale
         if self.w_project_in is not None:
@@ -46,8 +47,10 @@ class Ends(nnx.Module):
 
     def mean_embedding(self) -> Float[Array, " D"]:
         """The mean of all token embeddings, as the stream holds them."""
+        # Without a norm the embedding is linear, so the mean may be taken first.
         if self.norm_embed is None:
             return self._embedded(jnp.mean(self.w_e[...].astype(self.config.acc), 0))
+        # One token at a time: normed all at once, they would be a float32 copy of the table.
         zero = jnp.zeros(self.config.d_model, self.config.acc)
 
         def add(total: Array, e: Array) -> tuple[Array, None]:
@@ -56,7 +59,7 @@ class Ends(nnx.Module):
         return jax.lax.scan(add, zero, self.w_e[...])[0] / self.config.vocab_size
 
     def embed_positions(self, position: Int[Array, "..."]) -> Float[Array, "... D"]:
-        """The learned position embeddings; NaN beyond the table. Needs a model that has them."""
+        """The learned position embeddings, NaN beyond the table. The model must have them."""
         assert self.w_pos is not None
         offset = self.config.position_offset
         return _rows(self.w_pos[...], position + offset).astype(self.config.acc)
@@ -64,8 +67,9 @@ class Ends(nnx.Module):
     def embed(
         self, tokens: Int[Array, "B T"], *, mask: Array | None = None
     ) -> Float[Array, "B T D"]:
-        """Token plus learned position embedding, the stream entering block 0; zero at padding."""
+        """Token plus learned position embedding: the stream entering block 0, zero at padding."""
         padding = Padding.of(tokens.shape, mask)
+        # Any id may stand at padding, even one outside of the vocabulary, which would give NaN.
         if padding.mask is not None:
             tokens = jnp.where(padding.mask, tokens, 0)
         x_BTD = self.embed_tokens(tokens)
@@ -74,10 +78,10 @@ class Ends(nnx.Module):
         return x_BTD if padding.mask is None else jnp.where(padding.mask[..., None], x_BTD, 0)
 
     def unembedding(self, ids: int | Int[Array, "..."] | None = None) -> Float[Array, "... D"]:
-        """What reads these tokens' logits from the normed stream, `[...,D]`, or all as `[V,D]`.
+        """The directions that read these tokens' logits, `[...,D]`, or all tokens' as `[V,D]`.
 
-        `logit = final_norm(x) . unembedding + unembedding_bias`, before a soft-cap: factors on the
-        logits are included. NaN for an id outside of the vocabulary.
+        `logit = final_norm(x) . unembedding + unembedding_bias`, before a soft-cap. Factors on the
+        logits are included. An id outside of the vocabulary gives NaN.
         """
         if ids is None:
             rows = self.w_e[...] if self.w_u is None else self.w_u[...].T
@@ -91,13 +95,13 @@ class Ends(nnx.Module):
         return rows
 
     def unembedding_bias(self, ids: Int[Array, "..."]) -> Float[Array, "..."]:
-        """The bias on the logits of these token ids; zero in a model without."""
+        """The bias on the logits of these token ids; zero in a model without one."""
         if self.b_u is None:
             return jnp.zeros(ids.shape, self.config.acc)
         return _rows(self.b_u[...], ids).astype(self.config.acc) * self.config.logit_scale
 
     def final_norm(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """What the unembedding reads, from the stream."""
+        """The stream through the final norm, as the unembedding reads it."""
         return x if self.norm_final is None else self.norm_final(x, Sites(), "norm_final_scale")
 
     def unembed(
@@ -106,9 +110,9 @@ class Ends(nnx.Module):
         start: int | Int[Array, ""] = 0,
         size: int | None = None,
     ) -> Float[Array, "B T V"]:
-        """The logits of the normed stream; of `size` tokens from `start` (maybe traced) if given.
+        """The logits of the normed stream, for all tokens or for `size` tokens from `start`.
 
-        As in a dynamic slice, a start from which fewer are left is moved back.
+        `start` may be traced. If fewer than `size` tokens follow it, it is moved back.
         """
         config = self.config
 
@@ -118,15 +122,15 @@ class Ends(nnx.Module):
         y_BTM = y_BTD
         if self.w_project_out is not None:
             y_BTM = product("BTD,DM->BTM", y_BTD, self.w_project_out[...], config=config)
-        one = y_BTM.shape[:2] == (1, 1)
-        if one and config.operands == jnp.bfloat16:
-            # For a product with one row XLA widens, on a CPU, the whole unembedding.
+        one_row = y_BTM.shape[:2] == (1, 1)
+        if one_row and config.operands == jnp.bfloat16:
+            # A second row of zeros: on CPU, XLA widens the whole unembedding for a single row.
             y_BTM = jnp.concatenate([y_BTM, jnp.zeros_like(y_BTM)], 1)
         if self.w_u is None:
             logits = product("BTM,VM->BTV", y_BTM, chosen(self.w_e[...], 0), config=config)
         else:
             logits = product("BTM,MV->BTV", y_BTM, chosen(self.w_u[...], 1), config=config)
-        logits = logits[:, :1] if one else logits
+        logits = logits[:, :1] if one_row else logits
         if self.b_u is not None:
             b_u = chosen(self.b_u[...], 0).astype(logits.dtype)
             logits = logits + over(b_u, logits)
@@ -135,5 +139,6 @@ class Ends(nnx.Module):
 
 
 def _rows(table: Array, index: int | Array, axis: int = 0) -> Array:
-    """The entries at these indices of an axis; NaN where there are none, negative ones included."""
+    """The entries at these indices of an axis; NaN where an index is negative or too large."""
+    # `take` counts negative indices from the end. They are moved beyond the end, where it fills.
     return jnp.take(table, jnp.where(index < 0, table.shape[axis], index), axis, mode="fill")

@@ -1,4 +1,4 @@
-"""The layers of one forward: what happens at their sites, and what is kept of it."""
+"""The layers of one forward: edits and taps at their sites, and the fields they record."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,8 +26,8 @@ class LayerRun:
 
     Attributes:
         model: the transformer.
-        sites: for each segment, what happens at the sites of its layers.
-        contexts: what attention takes from the positions.
+        sites: the taps, edits and captures of each segment's layers.
+        contexts: what attention needs to know of positions.
     """
 
     model: Any
@@ -38,7 +38,7 @@ class LayerRun:
     def of(
         cls, model: Any, site: Sites, padding: Padding, before: tuple[Array, Array] | None = None
     ) -> "LayerRun":
-        """The layers with these sites; `before` are keys and values of the columns before."""
+        """The layers with these sites. `before` holds keys and values of earlier columns."""
         contexts = AttentionContexts.of(model.config, padding)
         segments = enumerate(model.stacks())
         return cls(
@@ -50,10 +50,12 @@ class LayerRun:
     def step(
         self, x_BTD: Float[Array, "B T D"], place: Place, taps: dict[str, Any]
     ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
-        """The stream after one layer, and what its sites recorded."""
+        """The stream after one layer, and the records of its sites."""
         sites = self.sites[place.segment]
 
-        # Saves the products with weights and recomputes the rest, the T x T arrays above all.
+        # For a backward pass, products with weights are saved: they cost the most time. The rest
+        # is recomputed, above all the T x T arrays of attention: they cost the most memory.
+        # `prevent_cse` is not needed inside a scan and would slow it down.
         @partial(
             jax.checkpoint,
             policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -70,7 +72,7 @@ class LayerRun:
     def through(
         self, x_BTD: Float[Array, "B T D"], start: int | Int[Array, ""]
     ) -> Float[Array, "B T D"]:
-        """The stream after the last layer, from that entering layer `start`; nothing is kept."""
+        """The stream after the last layer, from `x_BTD` entering layer `start`; no records."""
         if isinstance(start, int):
             rest = range(start, self.model.config.n_layers)
             return walk(
@@ -85,7 +87,7 @@ class LayerRun:
         taps: dict[str, Any],
         layers: tuple[int, ...] | None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """The stream after the last layer, and the fields recorded, of all or of these layers.
+        """The stream after the last layer, and the recorded fields of all or of these layers.
 
         `taps` are `[L,...]` arrays, or tuples with an entry for each segment.
         """
@@ -94,6 +96,7 @@ class LayerRun:
         }
 
         def step(x_BTD: Array, place: Place, taps: Any) -> tuple[Array, dict[str, Array]]:
+            # A segment whose layers do not have a site has None in place of its tap.
             return self.step(x_BTD, place, {n: tap for n, tap in taps.items() if tap is not None})
 
         if layers is not None:
@@ -104,14 +107,16 @@ class LayerRun:
     def _of_layers(
         self, x_BTD: Array, step: Any, taps: dict[str, Any], layers: tuple[int, ...]
     ) -> tuple[Array, dict[str, Any]]:
-        """As `recorded`, of some layers: the walk's state holds their records, and no others."""
-        segments = [own for _, own in self.model.stacks()]
-        rows = [[layer for layer in layers if layer in own] for own in segments]
-        # Each layer's row among those kept in its segment; layers that are not kept get a row
-        # beyond the last, where a write is dropped.
+        """As `recorded`, for some layers: the walk's state holds only their records."""
+        segments = [members for _, members in self.model.stacks()]
+        rows = [[layer for layer in layers if layer in members] for members in segments]
+        # A scan would stack the records of every layer. So the records go into the state, where
+        # each layer has its row. A layer that is not kept has a row beyond the last, and its
+        # write is dropped.
         slots = np.full(self.model.config.n_layers, len(layers))
         for kept in rows:
             slots[kept] = np.arange(len(kept))
+        # The records' shapes must be known before the walk. `eval_shape` computes no values.
         shapes = jax.eval_shape(lambda x: walk(self.model, step, x, taps).by_segment, x_BTD)
         records = tuple(_zeros(len(kept), s) for kept, s in zip(rows, shapes, strict=True))
 
@@ -129,7 +134,7 @@ class LayerRun:
 
 
 def _in_segment(site: Sites, i: int, layers: range, model: Any) -> Sites:
-    """The sites of one segment: edits that have a value for each segment take theirs."""
+    """The sites of one segment. An edit with a value for each segment takes this one's."""
     if model.segments is None:
         return site
     edits = [
@@ -140,19 +145,19 @@ def _in_segment(site: Sites, i: int, layers: range, model: Any) -> Sites:
 
 
 def _zeros(n: int, shapes: Any) -> Any:
-    """Arrays of zeros of these shapes, with n in place of the first axis."""
+    """Zeros of these shapes, but with n entries on the first axis."""
     return jax.tree.map(lambda s: jnp.zeros((n, *s.shape[1:]), s.dtype), shapes)
 
 
 def routed(record: dict[str, Any]) -> dict[str, Any]:
-    """What was recorded, with the sites of routing as one field."""
+    """The record with the sites of routing gathered in one field."""
     routing = {name: record.get(site, ABSENT) for name, site in ROUTING_SITES.items()}
     rest = {name: x for name, x in record.items() if name not in ROUTING_SITES.values()}
     return rest if routing["index"] is None else {**rest, "routing": Routing(**routing)}
 
 
 def _joined(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the segments recorded: stacked over all layers, or a tuple of what differs in kind."""
+    """The segments' records, stacked over all layers, or as a tuple where their shapes differ."""
     if len(records) == 1:
         return records[0]
     names = {name: None for record in records for name in record}
@@ -165,7 +170,7 @@ def _joined(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def counted_layers(layers: tuple[int, ...] | None, n_layers: int) -> tuple[int, ...] | None:
-    """Layers counted from 0, ascending, each once; None for None."""
+    """These layers counted from 0, ascending, without repeats; None for None."""
     for layer in layers or ():
         if not -n_layers <= layer < n_layers:
             do = f"the model has {n_layers} layers"

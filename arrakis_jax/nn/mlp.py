@@ -1,4 +1,4 @@
-"""The MLP: plain, or gated."""
+"""The MLP, plain or gated."""
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from arrakis_jax.nn.site import Sites
 ACTIVATION = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    # As in BLOOM's own code, which rounds sqrt(2 / pi): in float64 it differs from "gelu_tanh".
     "gelu_bloom": lambda x: 0.5 * x * (1 + jnp.tanh(0.79788456 * x * (1 + 0.044715 * x * x))),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "silu": jax.nn.silu,
@@ -37,20 +38,22 @@ class MLP(nnx.Module):
         self.b_out = constant((*stack, d), 0.0, config) if bias else None
 
     def __call__(self, x_BTD: Array, site: Sites, name: str = "mlp_act") -> Array:
-        """What the MLP's units and bias add up to, `[B,T,D]`, before the mask of padding."""
+        """The sum of the MLP's units and its bias, `[B,T,D]`. Padding is not masked yet."""
         cfg, gate_BTF = self.config, None
         hidden_BTF = affine("BTD,DF->BTF", x_BTD, self.w_in, self.b_in, cfg)
         if self.w_gate is not None:
             gate_BTF = affine("BTD,DF->BTF", x_BTD, self.w_gate, self.b_gate, cfg)
+        # Cast to the dtype of the product below, so that the record is exactly what it sums.
         hidden_BTF = site(name, activated(hidden_BTF, gate_BTF, cfg).astype(cfg.operands))
         return affine("BTF,FD->BTD", hidden_BTF, self.w_out, self.b_out, cfg)
 
 
 def activated(hidden: Array, gate: Array | None, config: ModelConfig) -> Array:
-    """What multiplies `w_out`, from `x w_in` and in gated MLPs `x w_gate`."""
+    """The activations that multiply `w_out`, from `x w_in` and, in gated MLPs, `x w_gate`."""
     act, limit = ACTIVATION[config.activation], config.mlp_limit
     if gate is None:
         return act(hidden)
     if limit is not None:
+        # The gate has no lower limit: its activation vanishes there by itself.
         gate, hidden = jnp.minimum(gate, limit), jnp.clip(hidden, -limit, limit)
     return act(gate) * (hidden + config.up_offset if config.up_offset else hidden)

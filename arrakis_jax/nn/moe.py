@@ -1,4 +1,4 @@
-"""Mixture of experts: every token goes to its k experts, and to none is it refused."""
+"""Mixture of experts. Every token goes to its k experts; there is no capacity limit."""
 
 from collections.abc import Callable
 
@@ -17,10 +17,10 @@ from arrakis_jax.stream.residuals import Routing
 
 
 class MoE(nnx.Module):
-    """`out = sum_e g_e (a_e w_out[e] + b_out[e])` over a token's k experts, and a shared expert's.
+    """`out = sum_e g_e (a_e w_out[e] + b_out[e])` over a token's k experts, plus a shared expert.
 
-    `g` are the k largest of `softmax(x w_router + b_router)`, divided by their sum if the config
-    says so; `a_e` is the hidden layer of an `MLP`. The shared expert, an MLP for every token, is
+    `g` are the k largest of `softmax(x w_router + b_router)`. The config can divide them by their
+    sum. `a_e` is the hidden layer of an `MLP`. The shared expert is an MLP for every token, and is
     multiplied by `sigmoid(x . w_shared_gate)`.
     """
 
@@ -41,7 +41,7 @@ class MoE(nnx.Module):
         self.w_shared_gate = weight(rngs, (*stack, d), d, config) if shared else None
 
     def __call__(self, x_BTD: Array, site: Sites) -> Array:
-        """What the experts add up to, `[B,T,D]`, before the mask of padding."""
+        """The sum of the experts, `[B,T,D]`. Padding is not masked yet."""
         cfg = self.config
         routing = self.route(x_BTD, site)
         groups = Groups(routing.index, cfg.n_experts)
@@ -57,17 +57,19 @@ class MoE(nnx.Module):
             gate_BTkF = product_of(x_BTkD, self.w_gate, self.b_gate)
         hidden_BTkF = site("mlp_act", activated(hidden_BTkF, gate_BTkF, cfg).astype(cfg.operands))
         out_BTkD = product_of(hidden_BTkF, self.w_out, self.b_out)
+        # The weight multiplies after the bias: an expert's bias is scaled like its units.
         out_BTD = jnp.sum(out_BTkD * routing.weight[..., None], -2)
         if self.shared is None:
             return out_BTD
         return out_BTD + self.shared(x_BTD, site, "shared_act") * routing.shared[..., None]
 
     def route(self, x_BTD: Array, site: Sites) -> Routing:
-        """Which experts each token goes to, and how much each of them counts."""
+        """The experts of each token and the weight of each."""
         cfg = self.config
         router_BTE = affine("BTD,DE->BTE", x_BTD, self.w_router, self.b_router, cfg)
         router_BTE = site("router", router_BTE)
         top_BTk, index_BTk = jax.lax.top_k(router_BTE, cfg.experts_per_token)
+        # Softmax over the k chosen equals softmax over all, divided by the sum of the chosen.
         if cfg.renormalise:
             weight_BTk = jax.nn.softmax(top_BTk, -1)
         else:
@@ -86,30 +88,33 @@ class MoE(nnx.Module):
 class Groups:
     """Rows of a batch sorted by expert, in blocks of one expert each.
 
-    Each block is one product with its expert's matrix, so that the cost is that of the experts
-    that are used, and no copy of a matrix is made for a token. (`jax.lax.ragged_dot` computes every
-    expert for every row on CPU, and has no vmap.)
+    Each block is one product with its expert's matrix. So only experts in use cost time, and no
+    matrix is copied for a token. `jax.lax.ragged_dot` does not serve: on CPU it computes every
+    expert for every row, and it has no vmap.
     """
 
     def __init__(self, index: Int[Array, "B T k"], n_experts: int):
         self.shape = index.shape
         expert = index.reshape(-1)
         n = expert.shape[0]
-        # At most half an expert's mean number of rows, so that padding adds at most half of all
-        # rows; or 8, where experts have few.
+        # A block holds at most half of an expert's mean number of rows, so that padding adds at
+        # most half of all rows. It holds 8 where experts have few rows.
         self.size = max(8, 1 << max(n // (2 * n_experts), 1).bit_length() - 1)
+        # Enough blocks for any routing: under jit, shapes must not depend on the routing.
         self.n_blocks = -(-(n + n_experts * (self.size - 1)) // self.size)
         order = jnp.argsort(expert)
         ordered = expert[order]
         count = jnp.zeros(n_experts, int).at[expert].add(1)
         blocks = -(-count // self.size)
         first_row, first_block = jnp.cumsum(count) - count, jnp.cumsum(blocks) - blocks
+        # A sorted row's rank within its expert gives its slot in that expert's blocks.
         rank = jnp.arange(n) - first_row[ordered]
         slot = first_block[ordered] * self.size + rank
         self.slot = jnp.zeros(n, slot.dtype).at[order].set(slot)
         ends = jnp.cumsum(blocks)
-        found = jnp.searchsorted(ends, jnp.arange(self.n_blocks), side="right")
-        self.expert = jnp.minimum(found, n_experts - 1)
+        # Spare blocks at the end hold zeros only. They count as the last expert's.
+        expert_of_block = jnp.searchsorted(ends, jnp.arange(self.n_blocks), side="right")
+        self.expert = jnp.minimum(expert_of_block, n_experts - 1)
 
     def product(
         self, x: Float[Array, "B T k D"], w: Float[Array, "E D F"], config: ModelConfig
@@ -121,11 +126,11 @@ class Groups:
         )
         blocks = rearrange(padded, "(n b) D -> n b D", b=self.size)
 
-        def one(block: Array, expert: Array) -> Array:
+        def block_product(block: Array, expert: Array) -> Array:
             matrix = jax.lax.dynamic_index_in_dim(w, expert, keepdims=False)
             return product("bD,DF->bF", block, matrix, config=config)
 
-        # Recomputed in a backward pass: else every block would keep its own copy of a matrix.
-        step: Callable = jax.checkpoint(one, prevent_cse=False)
+        # A backward pass recomputes the block. Otherwise every block would keep a copy of a matrix.
+        step: Callable = jax.checkpoint(block_product, prevent_cse=False)
         _, out = jax.lax.scan(lambda _, block: (None, step(*block)), None, (blocks, self.expert))
         return out.reshape(-1, out.shape[-1])[self.slot].reshape(*self.shape, -1)

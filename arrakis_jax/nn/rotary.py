@@ -1,6 +1,6 @@
 """Rotary position embedding: half-split or interleaved, partial, with every common scaling.
 
-Su et al. 2021, RoFormer; the scalings as in Hugging Face's modeling_rope_utils.
+Source: Su et al. 2021, RoFormer. Hugging Face's modeling_rope_utils defines the scalings.
 """
 
 import math
@@ -16,6 +16,7 @@ def frequencies(
     theta: float, scaling: RopeScaling | None, d_rotary: int, longest: Int[Array, ""] | int = 0
 ) -> np.ndarray | Array:
     """`[K/2]`, radians per token of each rotated pair; `longest` is the batch's longest row."""
+    # In float64, so that the frequencies are rounded only once: far positions multiply the error.
     exponent = np.arange(0, d_rotary, 2) / d_rotary
     frequency = theta**-exponent
     if scaling is None:
@@ -24,6 +25,7 @@ def frequencies(
     if scaling.kind == "linear":
         return frequency / factor
     if scaling.kind == "dynamic":
+        # The base grows with the length of the text: theta * growth ** (d / (d - 2)).
         growth = factor * jnp.maximum(longest, trained) / trained - (factor - 1)
         return frequency * growth ** (-exponent * d_rotary / (d_rotary - 2))
     if scaling.kind == "longrope":
@@ -32,6 +34,8 @@ def frequencies(
     if scaling.kind == "yarn":
         kept = 1 - _ramp(theta, scaling, d_rotary)
     else:
+        # Llama 3 keeps frequencies that turn often in the trained context, divides slow ones by
+        # the factor, and mixes both for the frequencies between.
         turns = trained * frequency / (2 * np.pi)
         low, high = scaling.low_freq_factor or 1.0, scaling.high_freq_factor or 1.0
         kept = np.clip((turns - low) / (high - low), 0, 1) if high > low else 1.0 * (turns > low)
@@ -39,11 +43,11 @@ def frequencies(
 
 
 def _ramp(theta: float, scaling: RopeScaling, d_rotary: int) -> np.ndarray:
-    """YaRN: how far each frequency is interpolated, from 0 (kept) to 1 (divided by the factor)."""
+    """YaRN's degree of interpolation of each frequency: 0 keeps it, 1 divides by the factor."""
     trained = scaling.original_max_positions or 1
 
     def dimension(turns: float | None) -> float:
-        """Where the frequency stands that turns this often in the first context."""
+        """The index, a real number, of the frequency that turns this often in that context."""
         per_turn = math.log(trained / ((turns or 1) * 2 * math.pi))
         return d_rotary * per_turn / (2 * math.log(theta))
 
@@ -51,6 +55,7 @@ def _ramp(theta: float, scaling: RopeScaling, d_rotary: int) -> np.ndarray:
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, d_rotary - 1)
+    # Both ends may round to one index, which would divide by zero.
     width = high - low or 0.001
     return np.clip((np.arange(d_rotary // 2) - low) / width, 0, 1)
 
@@ -62,10 +67,11 @@ def rotation(
     position_BT: Int[Array, "B T"],
     longest: Int[Array, ""],
 ) -> tuple[Float[Array, "B T K2"], Float[Array, "B T K2"]]:
-    """Cosines and sines of every position's angles, in at least float32."""
+    """The cosines and sines of all positions' angles, in at least float32."""
     frequency = frequencies(theta, scaling, config.d_rotary, longest.astype(config.acc))
     angle = position_BT[..., None].astype(config.acc)
     angle = angle * over(jnp.asarray(frequency, config.acc), angle)
+    # The factor scales queries and keys alike, so it counts twice in the scores, as in YaRN.
     factor = 1.0 if scaling is None else scaling.attention_factor
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
@@ -73,7 +79,7 @@ def rotation(
 def rotate(
     x_BTHK: Float[Array, "B T H K"], cos: Array, sin: Array, *, interleaved: bool = False
 ) -> Float[Array, "B T H K"]:
-    """Rotates the pairs (i, i + n), or the pairs (2i, 2i + 1), of the first 2n entries of K."""
+    """Rotates the first 2n entries of K in pairs: (i, i + n), or (2i, 2i + 1) if interleaved."""
     n = cos.shape[-1]
     turned, rest = x_BTHK[..., : 2 * n], x_BTHK[..., 2 * n :]
     if interleaved:

@@ -1,4 +1,4 @@
-"""The one instrument in the code base: tap, edit, record."""
+"""Sites, the one instrument in the code base: they tap, edit and record values."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,19 +12,19 @@ from arrakis_jax.stream.padding import select_positions
 
 @dataclass
 class Sites:
-    """What happens at the sites of one layer (or, with `layer=None`, outside the layers).
+    """The taps, edits and captures at the sites of one layer, or outside the layers.
 
     Attributes:
         capture: names of the sites to record.
-        taps: arrays added at sites, with respect to which the gradient is the site's; or functions
-            of a site's value, pytrees whose leaves are sliced by layer.
-        edits: functions `(site, layer, value) -> value`. One with an attribute `site` that names a
-            reader's input, or `reads` that names several, has that reader read by itself.
-        layer: the layer, as a traced scalar.
+        taps: arrays to add at sites: the gradient of a tap is the gradient at its site. Or
+            functions of a site's value, as pytrees whose leaves are sliced by layer.
+        edits: functions `(site, layer, value) -> value`. An edit can name one reader's input in an
+            attribute `site`, or several in `reads`. Such a reader gets its own copy of the stream.
+        layer: the layer, as a traced scalar; None outside the layers.
         mask: `[B,T]`, True at real tokens; None when every token is real.
         index, valid: `[B,N]`, the positions to record, or None for all.
-        whole: names of sites to record at every position all the same.
-        records: what was recorded.
+        whole: names of sites to record at every position, whatever `index` says.
+        records: the recorded values by site.
     """
 
     capture: frozenset[str] = frozenset()
@@ -39,12 +39,14 @@ class Sites:
 
     def __call__(self, name: str, value: Array, *, axis: int = 1, at_padding: float = 0) -> Array:
         """Passes `value` through the site `name`; its position axis is `axis`."""
+        # Taps come before edits: a gradient at a site then includes the effect of its edits.
         if name in self.taps:
             tap: Any = self.taps[name]
             is_array = hasattr(tap, "astype")
             value = value + tap.astype(value.dtype) if is_array else tap(value)
         for edit in self.edits:
             value = edit(name, self.layer, value)
+        # After the edits, so that no edit can write at padding.
         value = self.at_real(value, axis, at_padding)
         if name in self.capture:
             index = None if name in self.whole else self.index
@@ -52,17 +54,17 @@ class Sites:
         return value
 
     def splits(self, name: str) -> bool:
-        """Whether a tap or an edit is at this reader's input, which then is one of its own."""
+        """Whether a tap or an edit is at this reader's input, so that it needs its own copy."""
         named = ((getattr(e, "site", None), *getattr(e, "reads", ())) for e in self.edits)
         return name in self.taps or any(name in names for names in named)
 
     @property
     def unseen(self) -> "Sites":
-        """Sites that only keep padding as it is."""
+        """Sites that only set padding: no taps, no edits, no records."""
         return Sites(layer=self.layer, mask=self.mask)
 
     def at_real(self, value: Array, axis: int = 1, at_padding: float = 0) -> Array:
-        """`value` at real tokens and the constant at padding."""
+        """`value` at real tokens, and the constant `at_padding` at padding."""
         if self.mask is None:
             return value
         shape = [1] * value.ndim

@@ -29,13 +29,13 @@ Edits = tuple[Edit | Callable, ...]
 
 
 class Layer(NamedTuple):
-    """One layer of a forward, as `Transformer.fold` and `over_layers` hand it to a function.
+    """One layer of a forward. `Transformer.fold` and `over_layers` hand it to a function.
 
     Attributes:
-        block: its parameters, without a layer axis.
-        index: which layer it is.
+        block: the layer's parameters, without a layer axis.
+        index: the number of the layer.
         stream: the fields asked for, without a layer axis, and the mask.
-        resid_post: `[B,T,D]`, the stream leaving it; None if a captured stream cannot tell.
+        resid_post: `[B,T,D]`, the stream leaving the layer; None if a captured stream cannot tell.
     """
 
     block: Block
@@ -51,14 +51,14 @@ class Transformer(Ends):
     [L,D,G,K]`, `w_o [L,H,K,D]`, `blocks.mlp.w_in, w_gate [L,D,F]`, `w_out [L,F,D]`, biases `b_*`,
     norms `blocks.norm_attn.w`, `blocks.norm_mlp.w`, `norm_final.w` (and `.b`); `w_e [V,D]`,
     `w_pos [P,D]`, `w_u [D,V]`, `b_u [V]`. With experts: `blocks.moe.w_router [L,D,E]`, `w_in,
-    w_gate [L,E,D,F]`, `w_out [L,E,F,D]`. One that the config does not have is None. They are
-    read as `model.w_e[...]` and set as `model.w_e[...] = value`.
+    w_gate [L,E,D,F]`, `w_out [L,E,F,D]`. A parameter that the config does not have is None.
+    `model.w_e[...]` reads one, and `model.w_e[...] = value` sets it.
 
-    A model in which some layers have experts and some have not holds consecutive layers of a kind
-    in `segments`, in place of `blocks`, which is then None.
+    If only some layers have experts, `blocks` is None. `segments` then holds the stacks: each has
+    consecutive layers of one kind.
 
     `jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))` gives the model without its
-    numbers: names, shapes and dtypes of all parameters.
+    numbers: the names, shapes and dtypes of all parameters.
 
     Example:
         >>> config = config_for("gpt2", n_layer=2, n_embd=16, n_head=2, vocab_size=11)
@@ -75,7 +75,8 @@ class Transformer(Ends):
             raise TypeError(expected("rngs", "nnx.Rngs", repr(rngs), "such as nnx.Rngs(0)"))
         d, v = config.d_model, config.vocab_size
         self.config = config
-        # What also reads out must be small; otherwise embeddings outweigh what blocks add at first.
+        # Tied embeddings also read out the logits, so they must be small. Untied ones have
+        # variance 1: at first they outweigh what the blocks add.
         fan_in = d if config.tied else 1
         width = config.d_embed or d
         self.w_e = weight(rngs, (v, width), fan_in, config)
@@ -105,14 +106,14 @@ class Transformer(Ends):
         """The logits and the residual stream.
 
         Args:
-            tokens: token ids; those at padding are not read. An id outside of the vocabulary
+            tokens: token ids; ids at padding are not read. An id outside of the vocabulary
                 makes its own row NaN (`run` raises instead).
             mask: True (or 1) at real tokens; None when all are.
             capture: what to return: "residuals", "all", a tuple of field names, or a Capture.
-            edits: changes made on the way, in order.
-            taps: arrays added at sites, `[L,...]` or for `embed` and `final` without L: the
+            edits: changes to the forward, in order.
+            taps: arrays to add at sites, `[L,...]`, or without L for `embed` and `final`. The
                 gradient with respect to a tap of zeros is the gradient at its site. Or functions
-                of a site's value, pytrees with such leaves.
+                of a site's value, as pytrees with such leaves.
         """
         return self.after_embedding(
             self.embed(tokens, mask=mask),
@@ -135,15 +136,16 @@ class Transformer(Ends):
         at: Int[Array, "B N"] | None = None,
         whole: tuple[str, ...] = (),
     ) -> ModelOutput:
-        """The forward from the embedding on; `tokens` are only handed to the result.
+        """The forward from the embedding on. The result keeps `tokens`; nothing else reads them.
 
-        `at` are positions to record in place of the capture's; they may be traced. The result's
-        mask then says which of them exist. Fields named in `whole` are recorded at every position.
+        `at` holds the positions to record, in place of the capture's. They may be traced. The
+        result's mask then says which of them exist. Fields in `whole` keep every position.
         """
         capture = as_capture(capture)
         padding = Padding.of(x_BTD.shape[:2], mask)
         taps = {} if taps is None else taps
         site = replace(self._sites(padding, capture, edits, at), whole=frozenset(whole))
+        # Records made inside the scan must leave it as its outputs, so the two do not share a dict.
         outside = replace(site, taps={k: v for k, v in taps.items() if k in UNSTACKED}, records={})
         inside = {k: v for k, v in taps.items() if k not in UNSTACKED}
         layers = counted_layers(capture.layers, self.config.n_layers)
@@ -171,14 +173,14 @@ class Transformer(Ends):
         fields: tuple[str, ...] = (),
         edits: Edits = (),
     ) -> tuple[ResidualStream, Walked]:
-        """The forward from the embedding on, each layer's fields given to a function as it runs.
+        """The forward from the embedding on, with a function called at each layer.
 
-        What `step(state, layer) -> (state, found)` does not keep of them exists for one layer at
-        a time.
+        `step(state, layer) -> (state, found)` gets the layer's fields. They exist for one layer at
+        a time, except for what the step returns.
 
         Returns:
-            The stream outside of the layers (embed, final, norm_final_scale), the last state and
-            what was found.
+            The stream outside of the layers (embed, final, norm_final_scale), and the walk: the
+            last state and all that was found.
         """
         padding = Padding.of(x_BTD.shape[:2], mask)
         site = self._sites(padding, Capture((*fields, *UNSTACKED)), edits)
@@ -188,12 +190,13 @@ class Transformer(Ends):
         def folding(carry: tuple, place: Place, _: Any) -> tuple[tuple, Any]:
             x_BTD, records = layer_run.step(carry[0], place, {})
             stream = self._stream(routed(records), mask=padding.real)
-            state, found = step(carry[1], Layer(place.block, place.index, stream, x_BTD))
-            return (x_BTD, state), found
+            state, output = step(carry[1], Layer(place.block, place.index, stream, x_BTD))
+            return (x_BTD, state), output
 
         x_BTD = outside("embed", x_BTD.astype(self.config.stream))
         walked = walk(self, folding, (x_BTD, state))
         x_BTD, state = walked.state
+        # For the record of the final norm's scale; no logits are computed.
         self._logits(outside("final", x_BTD), outside, Capture(("norm_final_scale",)))
         return self._stream(outside.records, mask=padding.real), walked._replace(state=state)
 
@@ -205,7 +208,7 @@ class Transformer(Ends):
         edits: Edits = (),
         capture: str | tuple[str, ...] | Capture = ("logits", "final", "norm_final_scale"),
     ) -> ModelOutput:
-        """The final norm and the unembedding of a stream."""
+        """The final norm and the unembedding, applied to a stream."""
         capture = as_capture(capture)
         padding = Padding.of(x_BTD.shape[:2], mask)
         site = self._sites(padding, capture, edits)
@@ -223,8 +226,8 @@ class Transformer(Ends):
     ) -> ModelOutput:
         """Blocks start..L-1 from the stream entering block `start`, then the readout.
 
-        With an int the blocks are a static slice, and the result can be differentiated; with a
-        traced scalar only the blocks needed are run, forward or forward-mode only.
+        With an int the blocks are a static slice, and the result can be differentiated. With a
+        traced scalar only the blocks needed are run, and reverse-mode differentiation fails.
         """
         x_BTD = self.blocks_from(x_BTD, start, mask=mask, edits=edits)
         return self.readout(x_BTD, mask=mask, edits=edits)
@@ -238,10 +241,10 @@ class Transformer(Ends):
         edits: Edits = (),
         before: tuple[Array, Array] | None = None,
     ) -> Float[Array, "B T D"]:
-        """The stream after the last block, from that entering block `start`; as in `resume`.
+        """The stream after the last block, from `x_BTD` entering block `start`, as in `resume`.
 
-        With `before`, `x_BTD` are the last columns only: the keys and values `[L,B,N,G,K]` of the N
-        columns before them are given, and `mask` is `[B,N+T]`.
+        With `before`, `x_BTD` holds the last columns only. `before` has the keys and values
+        `[L,B,N,G,K]` of the N columns before them, and `mask` is `[B,N+T]`.
         """
         n_layers = self.config.n_layers
         n_before = 0 if before is None else before[0].shape[2]
@@ -255,7 +258,7 @@ class Transformer(Ends):
         return layer_run.through(x_BTD.astype(self.config.stream), start)
 
     def stacks(self) -> list[tuple[Block, range]]:
-        """The stacked blocks of each segment, and which layers they are; `walk` goes over them."""
+        """Each segment's stacked blocks and its layers. `walk` goes over them."""
         blocks: list[Any] = [self.blocks] if self.segments is None else list(self.segments)
         ends = np.cumsum([n for _, n in self.config.segments]).tolist()
         starts = [0, *ends[:-1]]
@@ -269,6 +272,7 @@ class Transformer(Ends):
     def _sites(
         self, padding: Padding, capture: Capture, edits: Edits, at: Array | None = None
     ) -> Sites:
+        # Outside of the scan, once: each edit's position becomes a selection of columns.
         bound = tuple(
             edit.bind(self.config, padding.rank, padding.count) if isinstance(edit, Edit) else edit
             for edit in edits
@@ -288,6 +292,7 @@ class Transformer(Ends):
         )
 
     def _logits(self, x_BTD: Array, site: Sites, capture: Capture) -> Array:
+        # The unembedding is a large product: it is left out unless logits are wanted.
         wanted = {"logits", "norm_final_scale"} & set(capture.fields)
         if not wanted:
             return ABSENT
@@ -296,6 +301,7 @@ class Transformer(Ends):
             y_BTD = self.norm_final(x_BTD, site, "norm_final_scale")
         if "logits" not in wanted:
             return ABSENT
+        # Positions are chosen before the unembedding, so that no other logits are computed.
         y_BND = select_positions(y_BTD, site.index, site.valid, axis=1)
         logits = self.unembed(y_BND)
         real = site.mask if site.index is None else site.valid

@@ -1,8 +1,8 @@
 """The one walk over the layers of a model: a scan over the stacked blocks of each segment.
 
-Layers with the same parameters are stacked: they compile once, whatever their number. A model whose
-layers differ (dense ones, then experts) holds several stacks, its segments. Everything that goes
-over layers goes through `walk`, which takes the segments one after another.
+Layers with the same parameters are stacked, so that they compile once, whatever their number. A
+model whose layers differ (dense ones, then experts) has several stacks, called segments. `walk`
+takes the segments one after another. All code that goes over layers uses it.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ from arrakis_jax.nn.block import Block
 
 
 class Place(NamedTuple):
-    """Where a walk is.
+    """The layer that a walk has reached.
 
     Attributes:
-        block: the parameters of one layer.
+        block: the parameters of the layer.
         index: the number of the layer, traced.
-        segment: the number of the segment that holds it, static.
+        segment: the number of its segment, static.
     """
 
     block: Block
@@ -33,17 +33,17 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class PerSegment:
-    """Values whose shapes differ between segments: for each segment `[L_i,...]`, or None."""
+    """Values whose shapes differ between segments. Each segment has `[L_i,...]` or None."""
 
     entries: tuple
 
 
 class Walked(NamedTuple):
-    """What a walk leaves.
+    """The results of a walk.
 
     Attributes:
         state: the last state.
-        by_segment: for each segment gone over, what the steps found, stacked over its layers.
+        by_segment: for each segment visited, the outputs of its steps, stacked over its layers.
     """
 
     state: Any
@@ -51,7 +51,7 @@ class Walked(NamedTuple):
 
     @property
     def found(self) -> Any:
-        """What the steps found, stacked over all layers; for shapes that do not differ."""
+        """The outputs of all steps, stacked over all layers. All segments must share shapes."""
         if len(self.by_segment) == 1:
             return self.by_segment[0]
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *self.by_segment)
@@ -73,23 +73,24 @@ def walk(
 
     Args:
         model: the transformer.
-        step: what is done at a layer. It is traced once for each segment.
-        state: what the first step gets.
-        xs: a pytree of PerSegment, or of arrays with a row for each layer that is gone over. A step
-            gets its layer's row as `x`.
-        layers: the layers to go over, counted from 0, ascending; None for all.
+        step: the function called at each layer. It is traced once for each segment.
+        state: the state for the first step.
+        xs: a pytree of PerSegment, or of arrays with a row for each layer visited. A step gets its
+            layer's row as `x`.
+        layers: the layers to visit, counted from 0, ascending; None for all.
         reverse: whether to go from the last layer to the first.
     """
     by_segment: list[Any] = []
     stretches = _stretches(model, xs, layers)
     for i, scanned in reversed(stretches) if reverse else stretches:
-
+        # A default binds this segment's number, as the loop goes on to change `i`.
         def stepping(state: Any, scanned: tuple, i: int = i) -> tuple[Any, Any]:
             block, index, x = scanned
             return step(state, Place(block, index, i), x)
 
-        state, found = jax.lax.scan(stepping, state, scanned, reverse=reverse)
-        by_segment.append(found)
+        state, outputs = jax.lax.scan(stepping, state, scanned, reverse=reverse)
+        by_segment.append(outputs)
+    # The results keep the order of the layers, whichever way the walk went.
     return Walked(state, by_segment[::-1] if reverse else by_segment)
 
 
@@ -100,9 +101,9 @@ def all_at_once(
     *,
     layers: Sequence[int] | None = None,
 ) -> list[Any]:
-    """For each segment gone over `function(place, x)`, stacked: a walk without a state.
+    """A walk without a state: `function(place, x)`, stacked, for each segment visited.
 
-    All layers are computed together (`vmap`), so weights that the function hands on are not copied.
+    `vmap` computes all layers together, so that weights in the result are not copied.
     """
 
     def mapped(i: int, scanned: tuple) -> Any:
@@ -114,9 +115,9 @@ def all_at_once(
 def walk_from(
     model: Any, step: Callable[[Any, Place], Any], state: Any, start: Int[Array, ""]
 ) -> Any:
-    """The last state of a walk from a traced layer on: one program serves every start.
+    """The last state of a walk from a traced layer on. One program serves every start.
 
-    A loop whose length is traced has no reverse-mode derivative, unlike `walk`.
+    Unlike `walk`, it has no reverse-mode derivative: the length of its loop is traced.
     """
     for i, (blocks, layers) in enumerate(model.stacks()):
 
@@ -125,6 +126,7 @@ def walk_from(
         ) -> Any:
             return step(state, Place(_entry(blocks, index - first), index, i))
 
+        # A loop from beyond a segment's end runs no step, so segments before the start are skipped.
         begin = jnp.maximum(start, layers.start)
         state = jax.lax.fori_loop(begin, layers.stop, stepping, state)
     return state
@@ -133,7 +135,7 @@ def walk_from(
 def at_layer(
     model: Any, function: Callable[..., Any], layer: int | Int[Array, ""], *args: Any
 ) -> Any:
-    """`function(block, layer, *args)` of one layer, which may be traced; no other is computed."""
+    """`function(block, layer, *args)` at one layer, which may be traced. No other is computed."""
     segments = model.stacks()
     if isinstance(layer, int):
         blocks, layers = next(stack for stack in segments if layer in stack[1])
@@ -146,23 +148,24 @@ def at_layer(
     branches = [in_segment(blocks, layers.start) for blocks, layers in segments]
     if len(branches) == 1:
         return branches[0](layer, *args)
+    # Segments have different parameters, so a traced layer chooses between programs.
     segment_of_layer = np.repeat(np.arange(len(segments)), [len(layers) for _, layers in segments])
     return jax.lax.switch(jnp.asarray(segment_of_layer)[layer], branches, layer, *args)
 
 
 def _entry(blocks: Block, row: Int[Array, ""]) -> Block:
-    """One layer's parameters."""
+    """The parameters of one layer."""
     return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, row, keepdims=False), blocks)
 
 
 def _stretches(model: Any, xs: Any, layers: Sequence[int] | None) -> list[tuple[int, tuple]]:
-    """For each segment gone over its number, and the blocks, numbers and `xs` of its layers."""
+    """For each segment visited: its number, then the blocks, numbers and `xs` of its layers."""
     stretches, begin = [], 0
-    for i, (blocks, own) in enumerate(model.stacks()):
-        wanted = own if layers is None else [layer for layer in layers if layer in own]
+    for i, (blocks, members) in enumerate(model.stacks()):
+        wanted = members if layers is None else [layer for layer in layers if layer in members]
         if layers is not None and not wanted:
             continue
-        rows, numbers = rows_of(own, wanted), np.array(wanted, np.int32)
+        rows, numbers = rows_of(members, wanted), np.array(wanted, np.int32)
         blocks = jax.tree.map(lambda w, rows=rows: w if rows is None else w[rows], blocks)
         end = begin + len(wanted)
 
@@ -177,18 +180,18 @@ def _stretches(model: Any, xs: Any, layers: Sequence[int] | None) -> list[tuple[
 
 
 def segment_layers(model: Any, layers: Sequence[int] | None = None) -> list[tuple[int, ...]]:
-    """The layers that a walk over these goes over, for each entry of what it finds."""
-    segments = [tuple(own) for _, own in model.stacks()]
+    """The layers behind each entry of `Walked.by_segment`, in a walk over these layers."""
+    segments = [tuple(members) for _, members in model.stacks()]
     if layers is None:
         return segments
-    chosen = [tuple(layer for layer in layers if layer in own) for own in segments]
-    return [own for own in chosen if own]
+    chosen = [tuple(layer for layer in layers if layer in members) for members in segments]
+    return [members for members in chosen if members]
 
 
 def rows_of(held: Sequence[int], wanted: Sequence[int]) -> slice | np.ndarray | None:
-    """Where these layers stand among those held; None for all.
+    """The rows of the wanted layers among the layers held; None if all are wanted in order.
 
-    Layers that follow one another are a slice, which copies less than a gather.
+    Consecutive layers give a slice, which copies less than a gather.
     """
     if list(wanted) == list(held):
         return None

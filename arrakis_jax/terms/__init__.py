@@ -1,1 +1,1 @@
-"""The engine of decomposition: what every part of the model writes, kept as factors."""
+"""The engine of decomposition. It keeps all that the model writes as factors."""

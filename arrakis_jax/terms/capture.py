@@ -1,4 +1,4 @@
-"""What terms are made of: the fields that a forward must keep for them."""
+"""The fields that a forward must record so that terms can be made of them."""
 
 from typing import Any
 
@@ -18,14 +18,14 @@ from arrakis_jax.terms.layer import (
     wants,
 )
 
-# By source, the fields that are read at every position whatever positions are asked for.
+# Terms by source need the values of every position, because any position can be a source.
 WHOLE = {"source": ("v",)}
 STREAM_NORMS = ("norm_attn_scale", "norm_mlp_scale")
 Kinds = tuple[str, ...] | None
 
 
 def capture_for(by: str) -> tuple[str, ...]:
-    """The fields that `decompose` and `logit_attribution` need of a stream, for `run`."""
+    """The fields that `run` must capture for `decompose` and `logit_attribution`."""
     checked_choice("by", by, BY)
     fields = (
         "embed",
@@ -39,7 +39,7 @@ def capture_for(by: str) -> tuple[str, ...]:
 
 
 def checked_by(config: ModelConfig, by: Any) -> None:
-    """Raises ValueError unless a model of this config can be taken apart so."""
+    """Raises ValueError unless a model of this config can be decomposed `by` this."""
     checked_choice("by", by, BY)
     if by == "expert" and not config.n_experts:
         must = f"one of {tuple(b for b in BY if b != 'expert')} in a model without experts"
@@ -56,12 +56,14 @@ def terms_stream(
     positions: tuple[int, ...] | None = None,
     also: tuple[str, ...] = (),
 ) -> tuple[ResidualStream, Int[Array, "B T"]]:
-    """The stream with what terms need at these layers and positions, and the positions' ranks.
+    """The stream with the fields for terms at these layers and positions, and the positions' ranks.
 
-    Values by source are kept at all positions. A captured stream is checked for `also` alone:
-    `terms` checks the rest.
+    Terms by source keep values at all positions. Of a captured stream only the fields `also` are
+    checked here: `terms` checks the rest.
     """
     config = model.config
+    # A rounding is the difference between neighbouring layers. A norm on the stream changes the
+    # terms of all earlier layers. Both need every layer, whichever layers are asked for.
     every = config.stream_dtype is not None or config.norms_stream
     fields = also if source.captured is not None else (*fields_for(config, by, kinds), *also)
     at = source.held if positions is None else positions
@@ -73,7 +75,8 @@ def terms_stream(
 
 
 def fields_for(config: ModelConfig, by: str, kinds: Kinds = None) -> tuple[str, ...]:
-    """The fields that the terms of this model need: with a rounded stream, what was rounded too."""
+    """The fields that the terms of this model need."""
+    # A rounding is a point of the stream, minus the point before it and the write between them.
     rounded = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "final")
     names = (
         "embed",
@@ -82,4 +85,5 @@ def fields_for(config: ModelConfig, by: str, kinds: Kinds = None) -> tuple[str, 
         *(rounded if config.stream_dtype else ()),
         *(STREAM_NORMS if config.norms_stream else ()),
     )
-    return tuple(dict.fromkeys(names))  # each once, in this order
+    # A dict removes repeats and keeps the order, which a set would not: the fields are static.
+    return tuple(dict.fromkeys(names))

@@ -1,4 +1,4 @@
-"""The terms of a sum, kept as factors until something is asked of them."""
+"""The terms of a sum, kept as factors until a result needs them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,23 +24,24 @@ from arrakis_jax.terms.factors import AnyFactor, Measured
 class Decomposition(Record):
     """The terms of a sum, in the order in which the model writes them, as factors.
 
-    A vector term is held as it is, a head's as `z` and the model's `w_o`, a neuron's as its
-    activation and `w_out`: nothing is expanded until asked for. Everything is zero at padding.
+    A vector is kept as it is. A head is kept as `z` and the model's `w_o`, a neuron as its
+    activation and `w_out`. No term is expanded until asked for. All terms are zero at padding.
 
     Attributes:
         first: `[n,B,T,D]`, the terms before the layers (embed, pos).
-        layered: for each segment of layers, per kind, its factors, stacked over the layers.
-        labels: what each of the C terms is.
+        layered: for each segment of layers, one factor per kind, stacked over the layers.
+        labels: the name of each of the C terms.
     """
 
     first: Float[Array, "n B T D"]
     layered: tuple[tuple[AnyFactor, ...], ...]
+    # Static: names are not arrays, so jit returns them as part of the pytree's structure.
     labels: Labels = field(metadata={"static": True})
 
     def project(self, directions: Float[Array, "N D"]) -> Float[Array, "C B T N"]:
         """Each term's inner product with each direction, without expanding any term.
 
-        Summed over C it is the inner product of the decomposed stream point.
+        Summed over C they give the stream point's inner product with each direction.
         """
         directions = jnp.asarray(directions, self.first.dtype)
         if directions.ndim != 2 or directions.shape[1] != self.first.shape[-1]:
@@ -63,17 +64,18 @@ class Decomposition(Record):
         return top(self.norms(), k)
 
     def to_table(self, k: int | None = None) -> Table:
-        """The norms: one row for each term, row and position; or the k largest of each position.
+        """The norms, one row for each term, row and position; or the k largest at each position.
 
         A `Table` is a dict of columns: term, layer, kind, index, source, row, position (an index
         of the result's T axis), norm.
         """
+        # A stream without a batch axis has no "row".
         axes = ("row", "position")[-(self.first.ndim - 2) :]
         return table_of_largest(self.norms(), self.labels, axes, k, "norm")
 
     @property
     def terms(self) -> Float[Array, "C B T D"]:
-        """All terms as vectors; refused above 2 GiB (see `expand`)."""
+        """All terms as vectors; an error above 2 GiB (see `expand`)."""
         return self.expand()
 
     def expand(self, byte_limit: int = 2**31) -> Float[Array, "C B T D"]:
@@ -91,7 +93,8 @@ class Decomposition(Record):
         return self._assemble(self.first, lambda factor: factor.expand())
 
     def _assemble(self, first: Array, of: Callable[[Any], Array]) -> Array:
-        """`[n,...]` and a function `[m,...]` of every layer's factors, as `[C,...]`."""
+        """`first [n,...]` joined with `of(factor) [m,...]` of every layer, as `[C,...]`."""
+        # One layer at a time: the intermediate arrays of `of` can be much larger than its result.
         layered = [
             tuple(Measured(jax.lax.map(of, factor), factor.kind) for factor in factors)
             for factors in self.layered
@@ -100,17 +103,19 @@ class Decomposition(Record):
 
 
 def assembled(first: Array, layered: list[tuple[Measured, ...]], labels: Labels) -> Array:
-    """Joins `[n,...]` and per segment and kind `[L,m,...]` into `[C,...]`, in writing order."""
+    """Joins `first [n,...]` and each segment's kinds `[L,m,...]` as `[C,...]`, in writing order."""
     joined = []
-    for found in layered:
-        values = [each.value for each in found]
+    for kinds_of_segment in layered:
+        values = [each.value for each in kinds_of_segment]
         layers = max((value.shape[0] for value in values), default=0)
-        # What the last layer has not written yet at resid_mid: zeros, cut off below.
+        # At resid_mid the last layer has not written its MLP: zeros fill it up, and are cut below.
         padded = [jnp.pad(v, [(0, layers - v.shape[0])] + [(0, 0)] * (v.ndim - 1)) for v in values]
         if padded:
+            # Kinds stand side by side within a layer, so that flattening gives the writing order.
             terms = jnp.concatenate(padded, axis=1)
             joined.append(terms.reshape(-1, *terms.shape[2:]))
     if not joined:
         return first
+    # A span may begin after attention: the terms of that attention come first, and are cut off.
     rest = jnp.concatenate(joined)[labels.skipped :]
     return jnp.concatenate([first, rest])[: len(labels)]

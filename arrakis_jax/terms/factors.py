@@ -1,7 +1,10 @@
-"""Terms of one kind, kept as coefficients and directions until something is asked of them.
+"""Terms of one kind, kept as coefficients and directions until a result needs them.
 
-Everything here is of one layer; what has a layer axis in front is mapped over it.
+All functions take one layer. A caller maps them over a layer axis.
 """
+# A term is a coefficient times a direction that is a weight. All terms of a layer as vectors take
+# `[m,B,T,D]`, far more memory than the model. So inner products and norms are computed from the
+# factors, and only `expand` makes vectors.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -23,9 +26,9 @@ class Factor(Record):
     """The m terms of one kind.
 
     Attributes:
-        coefficient: a vector's `[B,T,D]`, or `[B,T,m,K]`: heads' z, neurons' activations...
-        direction: None, or what the coefficients multiply, `[m,K,D]`: heads' w_o, neurons' w_out.
-        kind: what they are.
+        coefficient: one vector `[B,T,D]`, or `[B,T,m,K]`: the z of heads, activations...
+        direction: None for one vector, or `[m,K,D]`: the w_o of heads, the w_out of neurons...
+        kind: the name and the indices of the terms.
     """
 
     coefficient: Array
@@ -36,6 +39,7 @@ class Factor(Record):
         """Inner products with directions."""
         if self.direction is None:
             return contract("...D,ND->...N", self.coefficient, directions)[None]
+        # Weights meet the directions first: this product has neither B nor T.
         read = contract("mKD,ND->NmK", self.direction, directions)
         return contract("...mK,NmK->m...N", self.coefficient, read)
 
@@ -44,7 +48,7 @@ class Factor(Record):
         if self.direction is None:
             return contract("...D,...D->...", self.coefficient, direction)[None]
         read = contract("...D,mKD->...mK", direction, self.direction)
-        # A sum of products of elements: as a product of B T m vectors it would be slow on a CPU.
+        # An elementwise product and a sum: on CPU, an einsum of B T m short vectors is slow.
         return jnp.moveaxis(jnp.sum(_wide(self.coefficient) * read, -1), -1, 0)
 
     def norms(self) -> Float[Array, "m B T"]:
@@ -52,8 +56,10 @@ class Factor(Record):
         if self.direction is None:
             return norm(self.coefficient)[None]
         if self.direction.shape[1] == 1:
+            # A neuron: |a w| = |a| |w|.
             size_m = norm(_wide(self.direction[:, 0]))
             return contract("...m,m->m...", jnp.abs(self.coefficient[..., 0]), size_m)
+        # Q keeps lengths, so the triangle R of a QR gives the norm without the D axis.
         return norm(contract("...mK,mJK->m...J", self.coefficient, _triangles(self.direction)))
 
     def expand(self) -> Float[Array, "m B T D"]:
@@ -63,9 +69,10 @@ class Factor(Record):
         return contract("...mK,mKD->m...D", self.coefficient, self.direction)
 
     def carried(self, share: Float[Array, "B T"], through: Callable[[Array], Array]) -> "Factor":
-        """The terms after a linear map, `share` times `through`."""
+        """The terms after a linear map: `share` is a factor per position, `through` a matrix."""
         if self.direction is None:
             return replace(self, coefficient=through(self.coefficient) * share[..., None])
+        # The map is applied to the weights, which have no positions: the term stays a factor.
         coefficient = self.coefficient * share[..., None, None]
         return replace(self, coefficient=coefficient, direction=through(self.direction))
 
@@ -73,13 +80,13 @@ class Factor(Record):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class Sources(Record):
-    """The terms of heads from each source position, m = (h, s): `pattern_hts v_s w_o[h]`.
+    """The terms of heads, split by source position, m = (h, s): `pattern_hts v_s w_o[h]`.
 
     Attributes:
-        pattern: `[B,H,T,S]`, attention probabilities, times what the write is multiplied by.
+        pattern: `[B,H,T,S]`, attention probabilities, times any factor on the head's output.
         v: `[B,S,G,K]`, values.
         direction: `[H,K,D]`, w_o.
-        kind: what they are.
+        kind: the name and the indices of the terms.
     """
 
     pattern: Array
@@ -90,8 +97,10 @@ class Sources(Record):
     def project(self, directions: Float[Array, "N D"]) -> Float[Array, "m B T N"]:
         """Inner products with directions."""
         read = self._grouped(contract("HKD,ND->HKN", self.direction, directions))
+        # Values meet w_o once for each source. Only the pattern has both T and S.
         sizes = contract("...SGK,GRKN->...GRSN", self.v, read)
         terms = self.pattern[..., None] * self._flat(sizes, -3)[..., None, :, :]
+        # `[B,H,T,S,N]` as `[B,H,N,T,S]`, which `_counted` takes.
         return self._counted(jnp.moveaxis(terms, -1, -3), 1)
 
     def along(self, direction: Float[Array, "B T D"]) -> Float[Array, "m B T"]:
@@ -113,7 +122,8 @@ class Sources(Record):
         return self._counted(jnp.moveaxis(terms, -1, -3), 1)
 
     def carried(self, share: Float[Array, "B T"], through: Callable[[Array], Array]) -> "Sources":
-        """The terms after a linear map, `share` times `through`."""
+        """The terms after a linear map: `share` is a factor per position, `through` a matrix."""
+        # The factor belongs to the position that is written to, which is axis T of the pattern.
         pattern = self.pattern * share[..., None, :, None]
         return replace(self, pattern=pattern, direction=through(self.direction))
 
@@ -123,14 +133,15 @@ class Sources(Record):
 
     @staticmethod
     def _flat(grouped: Array, last: int) -> Array:
-        """`[...,G,R,...]` as `[...,H,...]`; G stands at axis `last - 1`."""
+        """`[...,G,R,...]` as `[...,H,...]`; R stands at axis `last`, counted from the end."""
         axis = grouped.ndim + last - 1
         shape = grouped.shape
         return grouped.reshape(*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
 
     @staticmethod
     def _counted(terms: Array, others: int) -> Array:
-        """`[...,H,n,T,S]`, with `others` axes n, as `[H * S,...,T,n]`."""
+        """`[...,H,n,T,S]` as `[H * S,...,T,n]`; `others` is the number of axes n, 0 or 1."""
+        # H and S go to the front together, as terms are counted by head and then by source.
         terms = jnp.moveaxis(terms, (-3 - others, -1), (0, 1))
         terms = terms.reshape(-1, *terms.shape[2:])
         return jnp.moveaxis(terms, -2, -1) if others else terms
@@ -146,7 +157,7 @@ class Measured(Record):
 
     Attributes:
         value: `[m,...]`.
-        kind: what they are.
+        kind: the name and the indices of the terms.
     """
 
     value: Array
@@ -163,5 +174,5 @@ def _wide(x: Array) -> Array:
 
 
 def _triangles(w_mKD: Float[Array, "m K D"]) -> Float[Array, "m J K"]:
-    """R of each term: `|z W| = |z R^T|` with `W^T = Q R`, exact, in K dimensions in place of D."""
+    """The triangle R of each `W^T = Q R`. So `|z W| = |z R^T|` exactly, with K numbers, not D."""
     return jnp.linalg.qr(jnp.swapaxes(_wide(w_mKD), -1, -2), mode="r")

@@ -1,4 +1,4 @@
-"""Points of the stream at which sums of terms begin or end."""
+"""Points of the stream where sums of terms begin or end."""
 
 from typing import Any, NamedTuple
 
@@ -12,11 +12,11 @@ POINTS = ("resid_pre", "resid_mid", "resid_post")
 
 
 class StreamPoint(NamedTuple):
-    """A point of the stream, by what is written before it.
+    """A point of the stream, named by how much is written before it.
 
     Attributes:
-        attn: how many layers' attention.
-        mlp: how many layers' MLP.
+        attn: how many attentions come before it.
+        mlp: how many MLPs come before it.
     """
 
     attn: int
@@ -24,6 +24,7 @@ class StreamPoint(NamedTuple):
 
     def field(self, config: ModelConfig) -> str:
         """The field of a stream that holds the point: resid_pre, resid_mid or final."""
+        # resid_post of a layer is resid_pre of the next, so one field serves both names.
         if self.attn != self.mlp:
             return "resid_mid"
         return "final" if self.mlp == config.n_layers else "resid_pre"
@@ -36,14 +37,14 @@ class StreamPoint(NamedTuple):
 
 
 class Span(NamedTuple):
-    """What is written between two points of the stream."""
+    """A half-open range of writes: those after the point `begin` and before the point `end`."""
 
     begin: StreamPoint
     end: StreamPoint
 
 
 def checked_point(at: Any, config: ModelConfig, name: str = "at") -> StreamPoint:
-    """The point `at` of a model; TypeError, ValueError or IndexError where it has none."""
+    """The point `at`; TypeError, ValueError or IndexError if the model has no such point."""
     n_layers = config.n_layers
     if at == "final":
         return StreamPoint(n_layers, n_layers)

@@ -1,4 +1,4 @@
-"""Reading terms along a direction, inside the scan over layers or after it."""
+"""Reads terms along a direction, inside the scan over layers or after it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from arrakis_jax.terms.stream import check_found
 
 
 class LogitRead(NamedTuple):
-    """The logit at a stream's end, the part of it that no term writes, and the norm's scale."""
+    """The logit at the end of the stream, its part that no term writes, and the norm's scale."""
 
     logit: Float[Array, "B T"]
     constant: Float[Array, "B T"]
@@ -32,11 +32,11 @@ class Readout(NamedTuple):
     """A logit, or a difference of two, as a direction of the stream before the final norm.
 
     Attributes:
-        u: `[B,T,D]`, what reads the logit from the normed stream.
+        u: `[B,T,D]`, the direction that reads the logit from the normed stream.
         direction: `[B,T,D]`: `norm(x) . u = x . direction / scale + offset`.
         offset: `[B,T]`.
-        bias: `[B,T]`, the unembedding's.
-        one: whether T is one position of each row, asked for by its number.
+        bias: `[B,T]`, the bias of the unembedding.
+        one: whether T is a single position of each row, asked for by its number.
     """
 
     u: Array
@@ -47,17 +47,18 @@ class Readout(NamedTuple):
 
     @property
     def absent(self) -> float:
-        """What stands where a row has no such position: NaN if it was asked for, 0 at padding."""
+        """The value where a row has no such position: NaN if it was asked for, 0 at padding."""
         return float("nan") if self.one else 0.0
 
     def check(self, model: Transformer, source: Source) -> None:
-        """Raises NotCapturedError unless a captured stream holds what is read out."""
+        """Raises NotCapturedError if a captured stream lacks the fields of the readout."""
         if source.captured is not None:
             scale = () if model.norm_final is None else ("norm_final_scale",)
             source.captured.need("final", *scale)
 
     def of(self, model: Transformer, stream: ResidualStream) -> LogitRead:
-        """The logit of a located stream, as the model computes it, before a soft-cap."""
+        """The logit of a stream at these positions, as the model computes it, before a soft-cap."""
+        # The model's own norm, not the frozen scale: so the logit is a test of the terms.
         scale = jnp.ones_like(self.offset) if model.norm_final is None else stream.norm_final_scale
         logit = contract("...D,...D->...", model.final_norm(stream.final), self.u) + self.bias
         logit, constant = (
@@ -67,7 +68,7 @@ class Readout(NamedTuple):
 
 
 def readout_of(model: Transformer, targets: Array, against: Array | None, one: bool) -> Readout:
-    """The readout of these targets, `[B]` if of one position each, else `[B,T]`."""
+    """The readout of these targets: `[B]` with one position in each row, else `[B,T]`."""
     if one:
         targets, against = targets[..., None], None if against is None else against[..., None]
     u, bias = logit_reader(model, targets, against)
@@ -78,11 +79,11 @@ class LayerValues(NamedTuple):
     """The terms of one layer along a direction, as the stream after that layer holds them.
 
     Attributes:
-        index: which layer, traced.
-        listed: whether the layer is one of those asked for, traced.
+        index: the number of the layer, traced.
+        listed: whether the layer was asked for, traced.
         terms: for each kind, `[m,B,T]`.
-        passed: `[B,T]`, the factor on all that was written before, on its way through the norms
-            that this layer has on the stream; None without such norms.
+        passed: `[B,T]`, the factor that this layer's norms on the stream put on all earlier
+            terms; None without such norms.
     """
 
     index: Int[Array, ""]
@@ -105,8 +106,8 @@ def over_terms(
 ) -> tuple[ResidualStream, Walked]:
     """Hands each layer's terms along a direction to a function, in the walk over the layers.
 
-    A term exists from its layer on and is multiplied by `passed` of every later one. So a model
-    with norms on the stream is gone through whole, whichever layers are asked for.
+    Norms on the stream multiply a term by `passed` of every later layer. So a model with such
+    norms is walked as a whole, whichever layers are asked for.
     """
     config = model.config
     passing = config.norms_stream
@@ -116,6 +117,7 @@ def over_terms(
         listed = np.isin(np.arange(len(listed)), layers)
 
     def stepping(state: Any, layer: Layer) -> tuple[Any, Any]:
+        # Terms are read inside the scan, so heads and neurons exist for one layer at a time.
         at_layer = reader.at(layer)
         terms = along_reader(LayerTerms(config, layer), at_layer, by, kinds)
         passed = at_layer.attn * at_layer.mlp if passing else None
@@ -134,16 +136,17 @@ def along_reader(
 ) -> tuple[Measured, ...]:
     """The terms of one layer along the direction that reads the layer's output.
 
-    With norms on the stream: a term that a norm still takes is read before it, times its factor.
+    A term that still passes a norm on the stream is read before the norm, times its factor.
     """
     halves = writer.halves(by, kinds)
     if not writer.config.norms_stream:
         return measured((*halves[0], *halves[1]), lambda factor: factor.along(reader.post))
     norm_first = writer.config.norm_placement == "stream_before"
-    # What reads the biases of the two norms; what is written after a norm is read the same.
+    # For each half, the direction and the factor that read a write after its norm, or before it.
+    # A norm's bias is added after the norm, so it is read like a write after it.
     after_norm = ((reader.mid, reader.mlp), (reader.post, jnp.ones_like(reader.mlp)))
     before_norm = ((reader.pre, reader.attn * reader.mlp), after_norm[0])
-    found: list[Measured] = []
+    terms: list[Measured] = []
     for half, written in enumerate(halves):
         direction, factor = (after_norm if norm_first else before_norm)[half]
         values = [Measured(f.along(direction) * factor[None], f.kind) for f in written]
@@ -151,9 +154,10 @@ def along_reader(
         if bias is not None and (kinds is None or "norm_bias" in kinds):
             direction, factor = after_norm[half]
             value = Measured(bias.along(direction) * factor[None], bias.kind)
+            # In writing order, which is the order of the labels.
             values = [value, *values] if norm_first else [*values, value]
-        found += values
-    return tuple(found)
+        terms += values
+    return tuple(terms)
 
 
 def labels_of(
@@ -163,9 +167,9 @@ def labels_of(
     kinds: Kinds,
     layers: tuple[int, ...] | None,
 ) -> Labels:
-    """The labels of the terms of these layers, which a walk found for each segment."""
+    """The labels of the terms of these layers, from each segment's terms in a walk."""
     walked = segment_layers(model, None if model.config.norms_stream else layers)
-    listed = [tuple(i for i in own if layers is None or i in layers) for own in walked]
+    listed = [tuple(i for i in members if layers is None or i in layers) for members in walked]
     segments = map(Segment, listed, map(kinds_of, by_segment))
     labels = Labels(names, tuple(segment for segment in segments if segment.layers))
     check_found(kinds, labels)
@@ -173,5 +177,5 @@ def labels_of(
 
 
 def kinds_of(terms: tuple[Measured, ...]) -> tuple[Kind, ...]:
-    """The kinds of terms."""
+    """The kind of each of these terms."""
     return tuple(each.kind for each in terms)

@@ -1,4 +1,4 @@
-"""The terms that a stream is the sum of, as factors stacked over the layers."""
+"""The terms whose sum is the stream, as factors stacked over the layers."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from arrakis_jax.terms.stream_norms import StreamNorms
 
 
 class Summands(NamedTuple):
-    """The terms before the layers, those of each segment of layers, and what they are."""
+    """The terms before the layers, the terms of each segment of layers, and the labels of all."""
 
     first: Array
     layered: tuple[tuple[AnyFactor, ...], ...]
@@ -46,18 +46,20 @@ def terms(
     Args:
         model: the transformer.
         stream: the stream at the positions asked for.
-        ranks: how many real tokens stand before each of them.
-        span: where the terms are written.
-        by: how finely they are taken apart.
-        layers: the layers listed; None for all.
-        kinds: the kinds listed; None for all.
+        ranks: how many real tokens come before each position.
+        span: the range of writes.
+        by: the granularity of the terms.
+        layers: the layers to list; None for all.
+        kinds: the kinds to list; None for all.
         origin: the stream where the span begins; None for a span that begins before the embedding.
     """
     config, (begin, end) = model.config, span
     fields = fields_for(config, by, kinds)
     stream.need(*fields, all_layers=config.stream_dtype is not None or config.norms_stream)
+    # A span that begins at resid_mid lists that layer too, because its MLP is still to come.
     listed = range(min(begin), end.attn)
     wanted = tuple(listed) if layers is None else tuple(i for i in layers if i in listed)
+    # Two norms a layer, so the norms before a point are as many as the writes before it.
     n_norms = sum(end) if config.norms_stream else 0
     norms = StreamNorms(model, stream, n_norms) if n_norms else None
     names, first = _before(model, stream, ranks, kinds, norms, sum(begin), origin)
@@ -71,16 +73,18 @@ def terms(
     by_segment = all_at_once(model, layer_terms, xs, layers=wanted)
 
     layered, segments, dropped, skipped = [], [], 0, 0
-    for own, (before, after) in zip(segment_layers(model, wanted), by_segment, strict=True):
+    for members, (before, after) in zip(segment_layers(model, wanted), by_segment, strict=True):
         if norms is not None:
-            before = of_kinds(norms.terms(before, own, 0), kinds)
-            after = of_kinds(norms.terms(after, own, 1), kinds)
-        written = sum(layer < end.mlp for layer in own) if after else len(own)
-        dropped += (len(own) - written) * sum(f.kind.count for f in after)
-        if own[0] < begin.attn:
+            before = of_kinds(norms.terms(before, members, 0), kinds)
+            after = of_kinds(norms.terms(after, members, 1), kinds)
+        # A span that ends at resid_mid lacks the last MLP: `dropped` counts its terms. A span that
+        # begins there lacks the first attention, whose terms `skipped` counts.
+        written = sum(layer < end.mlp for layer in members) if after else len(members)
+        dropped += (len(members) - written) * sum(f.kind.count for f in after)
+        if members[0] < begin.attn:
             skipped = sum(f.kind.count for f in before)
         after = jax.tree.map(lambda x, n=written: x[:n], after)
-        segments.append(Segment(own, tuple(f.kind for f in (*before, *after))))
+        segments.append(Segment(members, tuple(f.kind for f in (*before, *after))))
         layered.append((*before, *after))
     labels = Labels(names, tuple(segments), dropped=dropped, skipped=skipped)
     check_found(kinds, labels)
@@ -88,7 +92,7 @@ def terms(
 
 
 def checked_kinds(kinds: Any) -> Kinds:
-    """A selection of kinds as a tuple; TypeError or ValueError for what is none."""
+    """A selection of kinds as a tuple; TypeError or ValueError if it is not a selection."""
     if kinds is None:
         return None
     named = isinstance(kinds, Iterable) and not isinstance(kinds, str)
@@ -102,12 +106,13 @@ def checked_kinds(kinds: Any) -> Kinds:
 
 
 def check_found(kinds: Kinds, labels: Labels) -> None:
-    """Raises ValueError if kinds were asked for of which there are no terms."""
-    found = {k.name for segment in labels.segments for k in segment.kinds} | set(labels.first)
-    absent = [kind for kind in kinds or () if kind not in found]
+    """Raises ValueError if a kind was asked for that has no terms."""
+    present = {k.name for segment in labels.segments for k in segment.kinds} | set(labels.first)
+    absent = [kind for kind in kinds or () if kind not in present]
     if absent:
         do = (
-            f"this model, `by` or span has no such terms; of those asked for it has {sorted(found)}"
+            "this model, `by` or span has no such terms; of those asked for it has "
+            f"{sorted(present)}"
         )
         raise ValueError(expected("kinds", "kinds of terms that there are", absent, do))
 
@@ -121,9 +126,9 @@ def _before(
     start: int,
     origin: Array | None,
 ) -> tuple[tuple[str, ...], Array]:
-    """What is there before the layers: the embeddings, or where a span begins later, nothing.
+    """The terms before the layers: the embeddings; nothing for a span that begins later.
 
-    But for what norms on the stream change of the stream there, which is a term of its own.
+    In a later span, norms on the stream change the stream at its begin: that change is a term.
     """
     acc = model.config.acc
     if origin is not None:
@@ -140,7 +145,7 @@ def _before(
 
 
 def _kept(names: tuple[str, ...], first: Array, kinds: Kinds) -> tuple[tuple[str, ...], Array]:
-    """Those of the terms that are of these kinds."""
+    """The terms of these kinds, with their names."""
     kept = [i for i, name in enumerate(names) if kinds is None or name in kinds]
     return tuple(names[i] for i in kept), first[np.array(kept, int)]
 
@@ -148,9 +153,10 @@ def _kept(names: tuple[str, ...], first: Array, kinds: Kinds) -> tuple[tuple[str
 def embeddings(
     model: Transformer, stream: ResidualStream, ranks: Array, kinds: Kinds = None
 ) -> tuple[tuple[str, ...], Float[Array, "n B T D"]]:
-    """The terms of the embedding that are of these kinds, and their kinds."""
+    """The embedding terms of these kinds, and their kinds."""
     first = stream.embed[None].astype(model.config.acc)
     if model.w_pos is None:
         return _kept(FIRST_KINDS[:1], first, kinds)
+    # The token's embedding is the rest of `embed`, so that both terms sum to it after any edit.
     pos = jnp.where(stream.mask[..., None], model.embed_positions(ranks), 0)
     return _kept(FIRST_KINDS, jnp.stack([stream.embed - pos, pos]), kinds)

@@ -1,4 +1,4 @@
-"""Norms on the stream itself, as linear maps of the terms that are there before them."""
+"""Norms on the stream itself, as linear maps of all earlier terms."""
 
 from typing import Any
 
@@ -17,19 +17,20 @@ from arrakis_jax.terms.factors import AnyFactor, Factor
 class StreamNorms:
     """The linear maps of norms on the stream itself, with their scales frozen.
 
-    Norm j (two a layer) takes every term c that is there before it to `gain * centre(c) / s_j`.
-    The scale differs from position to position: it goes to the coefficients. The rest goes to the
-    directions. Each is divided by the typical scale, or the other way round, so that neither grows.
+    Norm j (two a layer) maps every earlier term c to `gain * centre(c) / s_j`. The scale differs
+    between positions, so it goes to the coefficients, times the typical scale. The rest of the map
+    goes to the directions, divided by the typical scale. So neither grows with depth.
     """
 
     def __init__(self, model: Transformer, stream: ResidualStream, n_norms: int):
         """The first n norms of the model."""
         scales = (stream.norm_attn_scale, stream.norm_mlp_scale)
         scale = _alternating(*scales)[:n_norms]
+        # The geometric mean over positions. Scales at padding are 1, so their logarithm is finite.
         self.typical = jnp.exp(jnp.mean(jnp.log(scale), tuple(range(1, scale.ndim))))
         ratios = self.typical.reshape(-1, *(1,) * (scale.ndim - 1)) / scale
         ends = jnp.cumprod(jnp.flip(ratios, 0), 0)
-        # after[j]: the coefficients' share of norms j and later.
+        # after[j]: the factor of norms j and later on the coefficients; 1 after the last norm.
         self.after = jnp.concatenate([jnp.flip(ends, 0), jnp.ones_like(scale[:1])])
         norms = all_at_once(model, lambda place, _: (place.block.norm_attn, place.block.norm_mlp))
         pairs = jax.tree.map(lambda *segments: jnp.concatenate(segments), *norms)
@@ -40,11 +41,12 @@ class StreamNorms:
         self.n_norms = n_norms
 
     def __call__(self, factor: AnyFactor, start: np.ndarray) -> Any:
-        """Terms after the norms from `start` on, one number for each row of the factor."""
+        """Terms after the norms from `start` on; `start` has one number per row of the factor."""
         rows = jnp.asarray(start)
         return factor.carried(self.after[rows], lambda x: self._mapped(x, rows))
 
     def _mapped(self, x: Array, start: Int[Array, " n"]) -> Array:
+        # All rows pass through all norms at once: a row waits unchanged until its start.
         start = start.reshape(-1, *(1,) * (x.ndim - 1))
 
         def step(x: Array, norm_j: tuple[Array, Any, Array]) -> tuple[Array, None]:
@@ -57,22 +59,23 @@ class StreamNorms:
     def terms(
         self, written: tuple[AnyFactor, ...], layers: tuple[int, ...], half: int
     ) -> tuple[AnyFactor, ...]:
-        """What attention (half 0) or MLP (1) wrote, after the norms; and its norm's bias."""
+        """The terms of attention (half 0) or the MLP (1) after the norms, and its norm's bias."""
+        # With `stream_before`, a write comes after its own norm and first meets the next one.
         norms = 2 * np.array(layers) + half
         start = np.minimum(norms + self.before, self.n_norms)
         carried = [self(factor, start) for factor in written]
         if self.norms.b is None:
             return tuple(carried)
-        # A norm that is not reached (the last layer's MLP at resid_mid) is cut off later.
+        # At resid_mid the span does not reach the norm of the last MLP: a row is cut off later.
         bias = self.norms.b[...].astype(self.acc)
         bias = bias[np.minimum(norms, self.n_norms - 1)][:, None, None]
         ones = jnp.broadcast_to(self.real, (len(layers), *self.real.shape))
         factor = Factor(ones, bias, Kind("norm_bias", range(half, half + 1)))
-        own = self(factor, np.minimum(norms + 1, self.n_norms))
-        return (own, *carried) if self.before else (*carried, own)
+        norm_bias = self(factor, np.minimum(norms + 1, self.n_norms))
+        return (norm_bias, *carried) if self.before else (*carried, norm_bias)
 
 
 def _alternating(of_attention: Array, of_mlps: Array) -> Array:
-    """`[2L,...]`, in the order in which the norms are met."""
+    """The two `[L,...]` as `[2L,...]`, in the order of the norms in the model."""
     stacked = jnp.stack([of_attention, of_mlps], 1)
     return stacked.reshape(-1, *stacked.shape[2:])
