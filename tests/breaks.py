@@ -71,7 +71,8 @@ BREAKS = (
     Break("config rules: heads per group", "core/config_rules.py",
           "lambda c, v: v % c.n_kv_heads == 0", "lambda c, v: v >= c.n_kv_heads",
           ("families/test_config.py::"
-           "test_unsupported_values_are_refused[llama-changes17-must be a multiple of n_kv_heads=5]",)),
+           "test_unsupported_values_are_refused"
+           "[llama-changes17-must be a multiple of n_kv_heads=5]",)),
     # results
     Break("labels: skipped terms counted", "results/labels.py",
           "rest = i - len(self.first) + self.skipped", "rest = i - len(self.first)",
@@ -390,10 +391,10 @@ BREAKS = (
            "test_they_are_those_of_the_whole[both-neuron]",)),
     Break("top attribution: sizes", "decomposition/top_attribution.py",
           "self.absolute + jnp.abs(terms).sum(-1)", "self.absolute + terms.sum(-1)",
-          ("decomposition/test_top_attribution.py",)),
+          ("decomposition/test_top_attribution.py::test_an_edit_that_breaks_the_sum_is_reported",)),
     Break("top attribution: rest", "decomposition/top_attribution.py",
           "rest=read.logit - read.constant - terms", "rest=read.logit - terms",
-          ("decomposition/test_top_attribution.py::test_they_are_those_of_the_whole",)),
+          ("decomposition/test_top_attribution.py::test_an_edit_that_breaks_the_sum_is_reported",)),
     Break("top attribution: sizes past a norm", "decomposition/top_attribution.py",
           "self.size, self.size * factor)", "self.size, self.size)",
           ("decomposition/test_top_attribution.py::"
@@ -741,11 +742,11 @@ BREAKS = (
     Break("cli: movement backwards", "cli.py",
           "stream.resid_pre[:, 0, -1], stream.resid_post[:, 0, -1]",
           "stream.resid_post[:, 0, -1], stream.resid_pre[:, 0, -1]",
-          ("test_cli.py",)),
+          ("test_cli.py::test_the_numbers_are_those_of_the_functions",)),
     Break("cli: attribution of another token", "cli.py",
           "model, tokens, goal, against=rival, mask=mask, method",
           "model, tokens, rival, against=goal, mask=mask, method",
-          ("test_cli.py",)),
+          ("test_cli.py::test_the_numbers_are_those_of_the_functions",)),
     # residual_tools
     Break("tools: layers swapped", "residual_tools.py",
           "tokens, layer_idx1, layer_idx2, **options", "tokens, layer_idx2, layer_idx1, **options",
