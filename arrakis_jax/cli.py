@@ -27,7 +27,7 @@ from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.terms.capture import capture_for
 from arrakis_jax.text import continuation, copy_tokenizer, encode, token_id, tokenizer_for
 
-# What is analysed by default: the sentence, and the name that must not follow.
+# Analysed by default: a sentence, and the name that must not follow it.
 SENTENCE, OTHER = "When Mary and John went to the store, John gave a drink to", " John"
 
 app = typer.Typer(
@@ -83,6 +83,7 @@ def analyze(
             raise ValueError(expected("--json", must, repr(str(json_file)), do))
         _use_compilation_cache()
         source = FOLDER if model is None else model
+        # The default sentence is asked about its two names.
         if text == SENTENCE and target is None and against is None and model is None:
             against = OTHER
         network = from_pretrained(source)
@@ -115,6 +116,7 @@ def convert(
 ) -> None:
     """Writes a checkpoint in this package's own form, with its tokenizer's files."""
     with _one_line_errors():
+        # Checked before the model is loaded, which may take minutes.
         new_folder(out, name="out")
         network = from_pretrained(model, dtype=dtype)
         save(network, out)
@@ -138,8 +140,10 @@ def analysis(
 ) -> dict[str, Any]:
     """The numbers that `analyze` prints, as JSON can hold them."""
     tokens, mask = encode(tokenizer, text)
+    # One forward serves both attributions, the movement and the prediction.
     fields_needed = {*capture_for("component"), *capture_for("head"), "resid_pre", "logits"}
     out = run(model, tokens, mask=mask, capture=tuple(sorted(fields_needed)))
+    # A stable order, so that equal logits give the same answer everywhere.
     order = np.argsort(-np.asarray(out.logits[0, -1]), stable=True)
     goal = int(order[0]) if target is None else _token(tokenizer, target, "--target")
     if against is None:
@@ -188,6 +192,7 @@ def analysis(
 def _token(tokenizer: Any, text: str, option: str) -> int:
     try:
         return token_id(tokenizer, text)
+    # The message names the function's argument; a user of the command line knows the option.
     except ValueError as error:
         raise ValueError(str(error).replace("`text`", f"`{option}`", 1)) from None
 
@@ -231,6 +236,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
     table = _table("Which input tokens caused it", "token", "logits")
     for row in result["tokens"]:
         table.add_row(escape(repr(row["token"])), *_bar(row["value"], result["tokens"]))
+    # The sum is the difference minus its value at the baseline, so the rest is that value.
     total = sum(row["value"] for row in result["tokens"])
     table.add_section()
     table.add_row("sum", f"{total:+.3f}", f"without them {difference - total:+.3f}")
@@ -247,7 +253,7 @@ def _table(title: str, *headings: str) -> Table:
 
 
 def _bar(value: float, among: list[dict[str, Any]]) -> tuple[str, str]:
-    """A value, and a bar on the scale of the largest."""
+    """A value as text, and a bar whose length is its share of the largest value."""
     largest = max((abs(other["value"]) for other in among), default=0) or 1
     length = round(24 * abs(value) / largest)
     return f"{value:+.3f}", f"[{'green' if value > 0 else 'red'}]{'━' * length}[/]"
@@ -261,7 +267,9 @@ def _name(term: dict[str, Any]) -> str:
 
 
 def _use_compilation_cache() -> None:
-    """Keeps compiled programs between calls, where the user has not said where."""
+    """Keeps compiled programs between calls, unless JAX has a folder for them already."""
+    # Most of a first call's time is compilation. Programs of less than a tenth of a second are not
+    # worth a file.
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "arrakis_jax"))
@@ -270,7 +278,7 @@ def _use_compilation_cache() -> None:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Wrong input ends in one line and exit code 2, not in a traceback."""
+    """Wrong input ends in one line and exit code 2, instead of a traceback."""
     try:
         yield
     except (ValueError, TypeError, IndexError, OSError) as error:

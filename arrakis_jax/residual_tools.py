@@ -18,6 +18,7 @@ from arrakis_jax.stream.capture import Capture
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 from arrakis_jax.text import encode, token_id
 
+# All that a decomposition of one layer reads.
 _LAYER = Capture(("resid_pre", "attn_out", "mlp_out", "norm_attn_scale", "norm_mlp_scale"))
 
 
@@ -34,7 +35,7 @@ class ResidualTools:
     """
 
     def __init__(self, model: Transformer, tokenizer: Any = None):
-        """Binds a model, and a tokenizer if text is to be accepted."""
+        """Binds a model, and a tokenizer, with which texts are accepted too."""
         if not isinstance(model, Transformer):
             do = "pass the model first, then its tokenizer"
             raise TypeError(expected("model", "a Transformer", type(model).__name__, do))
@@ -44,7 +45,7 @@ class ResidualTools:
     def residual_decomposition(
         self, activations: Any, layer_idx: int, **options: Any
     ) -> ResidualDecomposition:
-        """What entered a layer and what it added; also from token ids, or text with a tokenizer.
+        """The stream that entered a layer, and the outputs that the layer added to it.
 
         Args:
             activations: a ResidualStream or ModelOutput, `[B,T]` token ids, or text.
@@ -60,6 +61,7 @@ class ResidualTools:
             do = "they belong to the forward, which has been run"
             got = sorted(options.keys() - {"mask"})
             raise TypeError(expected("options", "none with a stream", got, do))
+        # With norms on the stream itself the shares need the norms' weights, which a stream lacks.
         if self.model.config.norms_stream:
             return normed_decomposition(self.model, activations, layer_idx)
         return residual_decomposition(activations, layer_idx)
@@ -85,7 +87,7 @@ class ResidualTools:
     def feature_attribution(
         self, input_ids: Any, target_ids: Ids | str, **options: Any
     ) -> Attribution:
-        """Which input tokens caused the logit of a target.
+        """The share of each input token in the logit of a target.
 
         Args:
             input_ids: `[B,T]` token ids, or text.
@@ -97,27 +99,28 @@ class ResidualTools:
             options[name] = self._id(options[name])
         return feature_attribution(self.model, tokens, self._id(target_ids), **options)
 
-    def _tokens(self, name: str, given: Any, options: dict) -> tuple[Any, dict]:
-        texts = isinstance(given, str) or (
-            isinstance(given, list | tuple) and bool(given) and isinstance(given[0], str)
-        )
-        if not texts:
-            return given, dict(options)
+    def _tokens(self, name: str, value: Any, options: dict) -> tuple[Any, dict]:
+        """Token ids and options, from text or from what may be token ids already."""
+        if not (isinstance(value, str) or _are_texts(value)):
+            return value, dict(options)
         if self.tokenizer is None:
             do = "or build ResidualTools(model, tokenizer)"
             raise TypeError(expected(name, "token ids without a tokenizer", "text", do))
         if "mask" in options:
             do = "text makes its own mask"
             raise TypeError(expected("mask", "left out with text", options["mask"], do))
-        tokens, mask = encode(self.tokenizer, given)
+        tokens, mask = encode(self.tokenizer, value)
         return tokens, {**options, "mask": mask}
 
-    def _id(self, given: Any) -> Any:
-        if isinstance(given, str):
+    def _id(self, value: Any) -> Any:
+        """Token ids, from texts or from what may be token ids already."""
+        if isinstance(value, str):
             if self.tokenizer is None:
                 do = "or build ResidualTools(model, tokenizer)"
                 raise TypeError(expected("target_ids", "ids without a tokenizer", "text", do))
-            return token_id(self.tokenizer, given)
-        if isinstance(given, list | tuple) and given and isinstance(given[0], str):
-            return [self._id(text) for text in given]
-        return given
+            return token_id(self.tokenizer, value)
+        return [self._id(text) for text in value] if _are_texts(value) else value
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], str)

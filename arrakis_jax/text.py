@@ -1,4 +1,4 @@
-"""Tokenizers: the checkpoint's own, prompts to padded batches, a text to its one token."""
+"""Tokenizers of checkpoints, prompts as padded batches, and the id of a token."""
 
 import os
 import re
@@ -15,9 +15,9 @@ from arrakis_jax.core.axes import Bool, Int
 from arrakis_jax.core.checks import checked_choice
 from arrakis_jax.core.errors import CheckpointError, expected
 
-ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
-TOKENIZERS_OWN = re.compile(
+_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+_DOWNLOADED = ("*.json", "*.txt", "*.model")
+_TOKENIZER_FILE = re.compile(
     r"(tokenizer.*|special_tokens_map|added_tokens|vocab|merges|spiece.*)\.(json|txt|model)"
 )
 
@@ -30,36 +30,37 @@ def tokenizer_for(path_or_repo_id: str | Path, *, revision: str | None = None) -
         revision: branch, tag or commit of a hub id.
 
     Returns:
-        A `PreTrainedTokenizerFast` if there is a tokenizer.json; else what AutoTokenizer gives,
-        which imports torch where that is installed.
+        A `PreTrainedTokenizerFast` if there is a tokenizer.json. Otherwise the tokenizer that
+        AutoTokenizer finds; AutoTokenizer imports torch if that is installed.
 
     Raises:
         CheckpointError: if there is no tokenizer.
     """
-    folder = local_folder(path_or_repo_id, revision=revision, files=TOKENIZER_FILES)
+    folder = local_folder(path_or_repo_id, revision=revision, files=_DOWNLOADED)
     try:
         if (folder / "tokenizer.json").is_file():
             with _no_advice():
                 from transformers import PreTrainedTokenizerFast
 
             return PreTrainedTokenizerFast.from_pretrained(folder)
+        # Without tokenizer.json only AutoTokenizer knows the tokenizer's class.
         if any(folder.glob("*token*")) or any(folder.glob("vocab*")):
             with _no_advice():
                 from transformers import AutoTokenizer
 
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         reason = "copy tokenizer.json into it"
-    except Exception as error:  # the Rust parser raises nothing narrower
+    except Exception as error:  # the parser, which is written in Rust, raises nothing narrower
         reason = f"check its files ({error})"
     must = "a folder or a hub id with a tokenizer"
     raise CheckpointError(expected("path_or_repo_id", must, repr(str(path_or_repo_id)), reason))
 
 
 def copy_tokenizer(path_or_repo_id: str | Path, folder: Path) -> list[str]:
-    """Copies the tokenizer's files of a checkpoint into a folder; returns their names."""
-    source = local_folder(path_or_repo_id, files=TOKENIZER_FILES)
-    found = sorted(file for file in source.iterdir() if TOKENIZERS_OWN.fullmatch(file.name))
-    return [shutil.copyfile(file, folder / file.name).name for file in found]
+    """Copies the tokenizer's files from a checkpoint to a folder, and returns their names."""
+    source = local_folder(path_or_repo_id, files=_DOWNLOADED)
+    files = sorted(file for file in source.iterdir() if _TOKENIZER_FILE.fullmatch(file.name))
+    return [shutil.copyfile(file, folder / file.name).name for file in files]
 
 
 def encode(
@@ -69,14 +70,14 @@ def encode(
     bos: bool | Literal["model"] = "model",
     side: Literal["left", "right"] = "left",
 ) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
-    """Prompts as one padded batch. No pad token is needed: padding is id 0 under the mask.
+    """Prompts as one padded batch. No pad token is needed: padding has id 0, and the mask tells.
 
     Args:
         tokenizer: a `transformers` tokenizer.
         prompts: one text or several.
-        bos: "model" adds the special tokens that the tokenizer adds by itself; True adds one BOS
-            in front and nothing else; False adds nothing. A prompt that begins with the BOS
-            token's own text never gets a second one.
+        bos: "model" adds the special tokens that the tokenizer adds by itself. True adds one BOS in
+            front and nothing else. False adds nothing. A prompt that begins with the text of the
+            BOS token never gets a second one.
         side: where padding goes.
 
     Returns:
@@ -94,7 +95,7 @@ def encode(
     """
     checked_choice("side", side, ("left", "right"))
     checked_choice("bos", bos, ("model", True, False))
-    bos = bos if bos == "model" else bool(bos)
+    bos = bos if bos == "model" else bool(bos)  # 1 passes the check as True, which it equals
     if not isinstance(prompts, Iterable):
         do = "pass one text, or a list of texts"
         raise TypeError(expected("prompts", "texts", type(prompts).__name__, do))
@@ -119,6 +120,11 @@ def encode(
         got = f"none in prompts {empty[:5]}"
         do = "drop them, or pass bos=True"
         raise ValueError(expected("prompts", "texts of at least one token", got, do))
+    return _padded(rows, side)
+
+
+def _padded(rows: list[list[int]], side: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of token ids as one array with padding on this side, and the mask."""
     width = max(map(len, rows))
     tokens = np.zeros((len(rows), width), np.int32)
     mask = np.zeros((len(rows), width), bool)
@@ -132,8 +138,8 @@ def encode(
 def token_id(tokenizer: Any, text: str) -> int:
     """The id of a text that is exactly one token, such as " Mary" (the space counts).
 
-    Where the tokenizer puts a space in front of every text (SentencePiece), " Mary" is the token
-    that continues a text by " Mary".
+    Some tokenizers put a space in front of every text (SentencePiece). There " Mary" is the token
+    that continues a text with " Mary".
 
     Raises:
         TypeError: if `text` is not a text.
@@ -143,11 +149,12 @@ def token_id(tokenizer: Any, text: str) -> int:
         do = "an id needs no look-up"
         raise TypeError(expected("text", "a text", type(text).__name__, do))
     ids = _ids(tokenizer, text, special=False)
+    # The space may have become a token of its own, since the tokenizer puts another in front.
     if len(ids) != 1 and text[:1] == " ":
         bare = _ids(tokenizer, text[1:], special=False)
         if len(bare) == 1 and continuation(tokenizer, bare[0]) == text:
             ids = bare
-    if len(ids) != 1 and text:  # a piece that only ever continues a word
+    if len(ids) != 1 and text:  # a piece that occurs inside words alone
         piece = tokenizer.convert_tokens_to_ids(text)
         if piece not in (None, tokenizer.unk_token_id) and continuation(tokenizer, piece) == text:
             ids = [piece]
@@ -160,16 +167,16 @@ def token_id(tokenizer: Any, text: str) -> int:
 
 @contextmanager
 def _no_advice() -> Iterator[None]:
-    """Keeps transformers from telling, when it is imported, that PyTorch is not there."""
-    before = os.environ.get(ADVICE)
-    os.environ[ADVICE] = "1"
+    """Keeps transformers from warning, on import, that PyTorch is not installed."""
+    before = os.environ.get(_ADVICE)
+    os.environ[_ADVICE] = "1"
     try:
         yield
     finally:
         if before is None:
-            del os.environ[ADVICE]
+            del os.environ[_ADVICE]
         else:
-            os.environ[ADVICE] = before
+            os.environ[_ADVICE] = before
 
 
 def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
@@ -177,14 +184,15 @@ def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
 
 
 def _once(first: int, row: list[int]) -> list[int]:
-    """The row without repetitions of its first token, if that is `first`."""
+    """The row with `first` at its start only once."""
     while row[:2] == [first, first]:
         row = row[1:]
     return row
 
 
 def continuation(tokenizer: Any, token: int) -> str:
-    """What a token adds to a text that it does not begin."""
+    """The text that a token adds when it follows other tokens."""
+    # Decoded twice in a row, since a tokenizer may drop the space before the first token of a text.
     once, twice = (
         tokenizer.decode([token] * n, clean_up_tokenization_spaces=False) for n in (1, 2)
     )

@@ -428,7 +428,7 @@ SHARDED = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("tool", chosen(SHARDED, (*WITH_OPTIONS, "path_patching")))
+@pytest.mark.parametrize("tool", chosen(SHARDED, WITH_OPTIONS))
 def test_sharded_model_gives_the_same_numbers(tool):
     """Eight virtual devices: batch on `data`, heads and hidden widths on `model`."""
     from arrakis_jax.checkpoint import partition

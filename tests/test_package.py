@@ -146,6 +146,48 @@ def test_tests_stand_alone():
     assert not list(tests.rglob("test_benchmarks.py"))
 
 
+def public_definitions(path: Path) -> set[str]:
+    """The names that a module defines itself at its top level, without those that it imports."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_a_public_name_is_defined_once():
+    """One name, one thing. Examples are programs, whose names are nobody's but theirs."""
+    modules: dict[str, list[str]] = {}
+    for path in ROOT.rglob("*.py"):
+        if unit(path) != "examples":
+            for name in public_definitions(path):
+                modules.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    assert not {name: paths for name, paths in modules.items() if len(paths) > 1}
+
+
+def test_one_walk_over_the_layers():
+    """Only nn/ goes over the stacks of layers, and only a norm and frozen/ know its linear map."""
+    for path in ROOT.rglob("*.py"):
+        room, text = unit(path), path.read_text()
+        assert room == "nn" or ".stacks()" not in text, path
+        assert room in ("nn", "frozen") or ".gained(" not in text, path
+
+
+def test_functions_and_files_are_short():
+    """At most 400 lines in a file; at most 60 in a function, without its docstring."""
+    for path in ROOT.rglob("*.py"):
+        text = path.read_text()
+        assert text.count("\n") <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[ast.get_docstring(node) is not None :]
+                lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+                assert lines <= 60, f"{path}: {node.name}"
+
+
 def test_exhaustive_tests_leave_some_of_every_file():
     """No file of tests is exhaustive as a whole: what it tests is tested by default, too."""
     for path in Path(__file__).parent.rglob("test_*.py"):

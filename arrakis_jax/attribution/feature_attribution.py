@@ -146,7 +146,7 @@ def _named_method(name: str, options: dict[str, Any]) -> FeatureMethod:
     names = {other: option_names(method) for other, method in FEATURE_METHODS.items()}
     for option, value in options.items():
         if option not in names[name]:
-            owners = [other for other, own in names.items() if option in own]
+            owners = [other for other, options_of in names.items() if option in options_of]
             do = f"leave it out, or choose method={' or '.join(map(repr, owners))}"
             raise ValueError(expected(option, f"None with method={name!r}", value, do))
     return FEATURE_METHODS[name](**options)

@@ -1,6 +1,5 @@
 """What input attributions work on: token embeddings, and the target as a function of them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,6 @@ from arrakis_jax.core.axes import Array, Float, over
 from arrakis_jax.core.checks import checked_ids, checked_tokens, host
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
-from arrakis_jax.core.numerics import contract
 from arrakis_jax.forward.targets import Target
 from arrakis_jax.nn.transformer import Edits, Transformer
 from arrakis_jax.stream.padding import Padding
@@ -79,36 +77,6 @@ class Inputs:
         tokens_BT = jnp.where(jnp.isnan(target_B)[:, None], jnp.nan, tokens_BT)
         tokens_BT = jnp.where(real, tokens_BT, 0)
         return Attribution(tokens=tokens_BT, target=target_B, input_ids=self.ids, mask=real, **rest)
-
-
-def evenly(n: int, most: int) -> int:
-    """The size of each of the fewest batches of at most `most` that hold n."""
-    # 9 of at most 8 are 5 and 4, not 8 and 1: the last batch is filled up with little waste.
-    return -(-n // -(-n // most))
-
-
-def weighted_sum(
-    function: Callable[[Array], Array],
-    nodes: Array | np.ndarray,
-    weights: Array,
-    count: int | Array,
-    size: int,
-) -> Array:
-    """The sum of `weight * function(node)` over the first `count` nodes, `size` at once.
-
-    Nodes after those have weight zero. With an int `count` it can be differentiated in reverse.
-    """
-    # A loop and no map, so that only one chunk's gradients are held, and `count` may be traced.
-    short = -len(nodes) % size
-    nodes = jnp.pad(jnp.asarray(nodes), (0, short), mode="edge")
-    weights = jnp.pad(weights, (0, short))
-
-    def add(i: Array, total: Array) -> Array:
-        node, weight = (jax.lax.dynamic_slice_in_dim(x, i * size, size) for x in (nodes, weights))
-        return total + contract("N,N...->...", weight, jax.vmap(function)(node))
-
-    shape = jax.eval_shape(function, nodes[0])
-    return jax.lax.fori_loop(0, -(-count // size), add, jnp.zeros(shape.shape, shape.dtype))
 
 
 def checked_baseline(

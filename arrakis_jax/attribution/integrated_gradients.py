@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.attribution.inputs import Inputs, anywhere, checked_baseline, evenly, weighted_sum
+from arrakis_jax.attribution.chunks import evenly, weighted_sum
+from arrakis_jax.attribution.inputs import Inputs, anywhere, checked_baseline
 from arrakis_jax.attribution.method import FeatureMethod, check_size, check_whole
 from arrakis_jax.attribution.result import Attribution
 from arrakis_jax.core.axes import Array, Float, Int
@@ -58,8 +59,8 @@ class IntegratedGradients(FeatureMethod):
         >>> model, tokenizer = demo_model()
         >>> tokens, mask = encode(tokenizer, "Alice and Tom")
         >>> method = IntegratedGradients(steps=8)
-        >>> feature_attribution(model, tokens, 3, mask=mask, method=method).steps
-        Array([8], dtype=int32)
+        >>> feature_attribution(model, tokens, 3, mask=mask, method=method).steps.tolist()
+        [8]
     """
 
     name: ClassVar[str] = "integrated_gradients"

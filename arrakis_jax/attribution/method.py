@@ -41,8 +41,9 @@ def option_names(method: Any) -> tuple[str, ...]:
 def refuse_beside(method: Any, keywords: dict[str, Any]) -> None:
     """Raises ValueError for options given as keywords beside a method that is a value."""
     for name, value in keywords.items():
-        own = name in option_names(method)
-        do = f"write method={type(method).__name__}({name}=...)" if own else "it has no such option"
+        do = "it has no such option"
+        if name in option_names(method):
+            do = f"write method={type(method).__name__}({name}=...)"
         must = f"left out with method={type(method).__name__}(...)"
         raise ValueError(expected(name, must, repr(value), do))
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 
-from arrakis_jax.attribution.inputs import Inputs, checked_baseline, evenly
+from arrakis_jax.attribution.chunks import in_chunks
+from arrakis_jax.attribution.inputs import Inputs, checked_baseline
 from arrakis_jax.attribution.method import FeatureMethod, check_whole
 from arrakis_jax.attribution.result import Attribution
 from arrakis_jax.core.axes import Array, Bool, Float
@@ -97,9 +97,8 @@ def _value_zeroing(
 def _lost(inputs: Inputs, without: Callable[[Array], Array], step_batch: int) -> Attribution:
     """The target minus the target without each column, `step_batch` columns at once."""
     length = inputs.ids.shape[1]
-    # No token is in column -1, nor in those past the end: these runs keep everything.
-    size = evenly(length + 1, step_batch)
-    columns = jnp.arange(-1, length + -(length + 1) % size)
-    values_NB = jax.lax.map(lambda t: without(jnp.arange(length) == t), columns, batch_size=size)
+    # Column -1 is no token's, so the first run keeps everything.
+    columns = jnp.arange(length)
+    values_NB = in_chunks(lambda i: without(columns == i - 1), length + 1, step_batch)
     whole = values_NB[0]
-    return inputs.result(whole[:, None] - values_NB[1 : length + 1].T, whole)
+    return inputs.result(whole[:, None] - values_NB[1:].T, whole)

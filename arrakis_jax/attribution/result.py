@@ -1,14 +1,14 @@
 """The result of an input attribution: a number for each token, and its meaning."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from arrakis_jax.core.axes import Array, Bool, Float, Int
-from arrakis_jax.core.checks import checked_count
+from arrakis_jax.results.ranking import Top, top
 from arrakis_jax.results.record import ABSENT, Record
 from arrakis_jax.results.table import Table
 from arrakis_jax.text import continuation
@@ -27,13 +27,6 @@ MEANINGS = {
     "occlusion": "the target minus the target with the baseline in place of the token's embedding",
     "value_zeroing": "the target minus the target with the token's values zero in every layer",
 }
-
-
-class TopShares(NamedTuple):
-    """The largest shares by absolute value: `value [k,B]`, and `index [k,B]`, their columns."""
-
-    value: Array
-    index: Array
 
 
 @jax.tree_util.register_dataclass
@@ -71,29 +64,24 @@ class Attribution(Record):
         """What the numbers are, in a phrase."""
         return MEANINGS[self.method].format(norm=GRADIENT_NORMS.get(self.norm or ""))
 
-    def top(self, k: int) -> TopShares:
+    def top(self, k: int) -> Top:
         """The k tokens of largest absolute value in each row, `[k,B]`.
 
         A row of fewer real tokens ends with columns of padding, of value zero.
         """
-        checked_count("k", k, self.tokens.shape[-1])
-        # -1 at padding, so that a real token whose share is zero comes before it.
-        size = jnp.where(self.mask, jnp.abs(self.tokens), -1)
-        # Results have the k entries first and examples last; top_k sorts the last axis.
-        index = jnp.moveaxis(jax.lax.top_k(size, k)[1], -1, 0)
-        return TopShares(jnp.take_along_axis(self.tokens, index.T, -1).T, index)
+        return top(self.tokens.T, k, among=self.mask.T)
 
     def to_table(self, tokenizer: Any = None) -> Table:
         """A row for each real token: row, position (the column), token, attribution.
 
         With a tokenizer, tokens are texts as they continue a text; else ids.
         """
-        columns = ("row", "position", "token", "attribution")
-        table = Table({name: [] for name in columns})
         ids, values = np.asarray(self.input_ids), np.asarray(self.tokens)
-        for row, at in np.argwhere(np.asarray(self.mask)).tolist():
-            token = int(ids[row, at])
-            named = token if tokenizer is None else continuation(tokenizer, token)
-            for name, entry in zip(columns, (row, at, named, float(values[row, at])), strict=True):
-                table[name].append(entry)
-        return table
+
+        def rows() -> Iterator[tuple]:
+            for row, at in np.argwhere(np.asarray(self.mask)).tolist():
+                token = int(ids[row, at])
+                named = token if tokenizer is None else continuation(tokenizer, token)
+                yield row, at, named, float(values[row, at])
+
+        return Table.of_rows(("row", "position", "token", "attribution"), rows())

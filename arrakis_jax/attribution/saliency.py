@@ -7,7 +7,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from arrakis_jax.attribution.inputs import Inputs, evenly, weighted_sum
+from arrakis_jax.attribution.chunks import evenly, weighted_sum
+from arrakis_jax.attribution.inputs import Inputs
 from arrakis_jax.attribution.method import FeatureMethod, check_size, check_whole
 from arrakis_jax.attribution.residual_gradients import tapped_gradients
 from arrakis_jax.attribution.result import GRADIENT_NORMS, Attribution

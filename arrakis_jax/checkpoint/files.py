@@ -1,4 +1,4 @@
-"""The files of a checkpoint, on disk or on the hub, and the tensors in them, none of them read."""
+"""The files of a checkpoint, on disk or on the hub, and their tensors, which are not read yet."""
 
 import json
 import zipfile
@@ -17,10 +17,12 @@ from arrakis_jax.core.errors import CheckpointError, expected
 NATIVE_CONFIG = "arrakis_jax.json"
 NATIVE_WEIGHTS = "weights"
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", f"{NATIVE_WEIGHTS}/*")
-TORCH_FILES = ("pytorch_model*.bin",)  # of a hub id without the above
-NOT_FILES = ("original/*", "consolidated*")  # the same weights again, under their makers' names
+# Downloaded only where a hub id has none of the above.
+TORCH_FILES = ("pytorch_model*.bin",)
+# The same weights once more, under their makers' names.
+NOT_FILES = ("original/*", "consolidated*")
 
-# Stored dtypes by their names in safetensors; weights are in one of the first four.
+# Dtypes by their names in safetensors. Weights are in one of the first four; U8 holds MXFP4.
 STORED = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -37,11 +39,11 @@ class Tensor:
     """A tensor of a checkpoint.
 
     Attributes:
-        name: on disk.
+        name: its name on disk.
         stored: its dtype's name in safetensors.
         shape: its shape.
-        read: gives its numbers, memory-mapped where they are stored as they are.
-        parts: the tensor cut along its first axis, if it is computed when read.
+        read: returns its numbers, memory-mapped if the file holds them as they are.
+        parts: the slices along its first axis, if it is computed when read; each is computed alone.
     """
 
     name: str
@@ -94,19 +96,23 @@ def local_folder(
 
 
 def weights_folder(path_or_repo_id: str | Path, revision: str | None) -> Path:
-    """The local folder, with torch's files where a hub id has no others."""
+    """The local folder of a checkpoint; for a hub id without safetensors, with torch's files."""
     folder = local_folder(path_or_repo_id, revision=revision)
     if (folder / NATIVE_CONFIG).is_file() or any(folder.glob("*.safetensors")):
         return folder
     return local_folder(path_or_repo_id, revision=revision, files=TORCH_FILES)
 
 
-def read_json(file: Path, what: str) -> dict[str, Any]:
-    """A JSON object, or a CheckpointError."""
+def read_json(file: Path, must: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: if there is none; `must` says what its folder should be.
+    """
     if not file.is_file():
         got = f"{file.parent} without {file.name}"
         do = "give the folder that holds the weights"
-        raise CheckpointError(expected("path_or_repo_id", what, got, do))
+        raise CheckpointError(expected("path_or_repo_id", must, got, do))
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -119,7 +125,7 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
 
 
 def open_folder(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder, by its name: of its safetensors, else of torch's files.
+    """Every tensor of a folder, by its name. torch's files count if there is no safetensors file.
 
     Raises:
         CheckpointError: listing every file that is missing, broken, or outside of the folder.
@@ -129,10 +135,10 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
             return opened(folder / name)
         if (folder / f"{name}.index.json").is_file():
             return _sharded(folder / f"{name}.index.json", opened)
-    found = sorted(p.name for p in folder.iterdir())[:20]
+    names = sorted(p.name for p in folder.iterdir())[:20]
     must = "a folder with model.safetensors or pytorch_model.bin, or one's .index.json"
     do = "convert other formats with save_pretrained of transformers"
-    raise CheckpointError(expected("path_or_repo_id", must, f"{folder} with {found}", do))
+    raise CheckpointError(expected("path_or_repo_id", must, f"{folder} with {names}", do))
 
 
 def _sharded(index: Path, open_file: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -163,6 +169,7 @@ def _sharded(index: Path, open_file: Callable[[Path], dict[str, Tensor]]) -> dic
             problems.append(expected(name, "where the index says", got, "download it again"))
     if problems:
         raise CheckpointError("\n".join(problems))
+    # A tensor that the index does not name is kept, so that it is reported as left over.
     tensors = {name: t for file in opened.values() for name, t in file.items()}
     return tensors | {name: opened[file][name] for name, file in weight_map.items()}
 
@@ -175,12 +182,15 @@ def _inside(file: str) -> bool:
 
 def _safetensors(file: Path) -> dict[str, Tensor]:
     try:
+        # Opening it checks the header, its shapes and dtypes, against the size of the file.
         with safe_open(file, framework="numpy"):
-            pass  # checks the header, its shapes and dtypes, against the size of the file
+            pass
     except (SafetensorError, OSError) as error:
         must, do = "a whole safetensors file", f"download it again ({error})"
         got = f"{file.stat().st_size} bytes that are not"
         raise CheckpointError(expected(file.name, must, got, do)) from None
+    # Mapped by hand, because safetensors would copy what it reads. The file begins with the size of
+    # the header in 8 bytes, and offsets count from the header's end.
     data = np.memmap(file, np.uint8, mode="r")
     start = 8 + int(data[:8].view("<u8")[0])
     header = json.loads(data[8:start].tobytes())
@@ -190,9 +200,9 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
         return data[start + begin : start + end].view(STORED[dtype]).reshape(shape)
 
     tensors = {}
-    for name, about in header.items():
-        dtype, shape = about["dtype"], about["shape"]
-        reader = partial(read, dtype, shape, *about["data_offsets"])
+    for name, entry in header.items():
+        dtype, shape = entry["dtype"], entry["shape"]
+        reader = partial(read, dtype, shape, *entry["data_offsets"])
         tensors[name] = Tensor(name, dtype, tuple(shape), reader)
     return tensors
 
@@ -204,7 +214,7 @@ def _torch(file: Path) -> dict[str, Tensor]:
         must, do = "in safetensors where torch is not installed", "install torch, or convert it"
         raise CheckpointError(expected(file.name, must, "a file of torch", do)) from None
     try:
-        # Files of torch before 1.6 are no zip files, and cannot be mapped.
+        # Before torch 1.6 files were not zip files, and cannot be memory-mapped.
         mapped = zipfile.is_zipfile(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a broken pickle can raise anything
@@ -224,7 +234,7 @@ def _torch(file: Path) -> dict[str, Tensor]:
         raise CheckpointError("\n".join(problems))
 
     def read(tensor: torch.Tensor) -> np.ndarray:
-        if tensor.dtype == torch.bfloat16:  # which numpy lacks
+        if tensor.dtype == torch.bfloat16:  # numpy has no bfloat16: the same bits, as integers
             return tensor.view(torch.int16).numpy().view(STORED["BF16"])
         return tensor.numpy()
 

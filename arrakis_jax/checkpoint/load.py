@@ -1,8 +1,8 @@
 """`from_pretrained`: a model from a folder or a hub id.
 
-Tensors are memory-mapped and copied once, into one array for each stacked parameter (or each
-device's share of it), which JAX then uses as it is: on a CPU, loading takes the size of the model
-in memory. Nothing here imports torch, unless the weights are in torch's own format.
+Tensors are memory-mapped and copied once, into one array for each stacked parameter, or for each
+device's share of it. On a CPU JAX uses that array as it is, so loading takes no more memory than
+the model. torch is imported only for weights in torch's own format.
 """
 
 import warnings
@@ -29,8 +29,8 @@ from arrakis_jax.checkpoint.files import (
 )
 from arrakis_jax.checkpoint.mxfp4 import unpacked
 from arrakis_jax.checkpoint.native import native_config, restore
-from arrakis_jax.checkpoint.parameters import assembled, parameters
-from arrakis_jax.checkpoint.weights import Source, finite, sources
+from arrakis_jax.checkpoint.parameters import assembled_model, parameters
+from arrakis_jax.checkpoint.weights import ParameterSource, finite, sources
 from arrakis_jax.core.axes import Array
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import CheckpointError, expected
@@ -38,9 +38,9 @@ from arrakis_jax.families import family_for
 from arrakis_jax.families.base import Family
 from arrakis_jax.nn.transformer import Transformer
 
-# What a decoder's own config, inside that of a model of several parts, takes from the latter.
+# Fields that a nested decoder config takes from the config around it, unless it has them itself.
 INHERITED = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
-LARGE = 1_000_000_000  # bytes of weights from which on a progress bar is shown
+LARGE = 1_000_000_000  # a progress bar is shown for as many bytes of weights
 
 
 def from_pretrained(
@@ -55,26 +55,26 @@ def from_pretrained(
     """A model from a Hugging Face checkpoint, or from one made by `save`.
 
     Args:
-        path_or_repo_id: a local folder, or a hub id (HF_HUB_OFFLINE is honoured). Weights are
-            safetensors, or without any, torch's .bin files, for which torch must be installed.
-        dtype: "float32", "bfloat16", or "float64" under x64. By default as stored: the widest of
-            the weights' own, and float32 for float16, bfloat16 for MXFP4.
-        mesh: where to put the parameters: heads, MLP units, experts and vocabulary over its axis
-            "model" if it has one and they divide, everything else on every device. Its axes are
-            used as Auto, also where they are Explicit.
+        path_or_repo_id: a local folder, or a hub id (HF_HUB_OFFLINE is honoured). Weights are read
+            from safetensors; if there are none, from torch's .bin files, which needs torch.
+        dtype: "float32", "bfloat16", or "float64" under x64. None takes the widest dtype of the
+            stored weights, where float16 becomes float32, and MXFP4 bfloat16.
+        mesh: where to put the parameters. Heads, MLP units, experts and vocabulary are divided over
+            its axis "model", if it has one and their number divides; everything else is on every
+            device. Explicit axes are used as Auto.
         revision: branch, tag or commit of a hub id.
         stream_dtype: "bfloat16" rounds the residual stream to it (see ModelConfig).
-        matmul_precision: of float32 products; "highest" unless a checkpoint made by `save` says
-            otherwise. "high" and "default" buy speed on TPUs and GPUs.
+        matmul_precision: the precision of float32 products. None takes "highest", or the one in a
+            checkpoint made by `save`. "high" and "default" are faster on TPUs and GPUs.
 
     Returns:
-        The model, its weights neither folded nor centred.
+        The model. Its weights are neither folded nor centred.
 
     Raises:
         CheckpointError: listing every tensor that is missing, left over or of another shape, and
             every config field that is not supported.
         ValueError: for another dtype.
-        TypeError: for a path or a mesh that is none.
+        TypeError: for a `path_or_repo_id` that is no path, or a `mesh` that is no mesh.
 
     Warns:
         UserWarning: for weights that are infinite or not a number.
@@ -89,9 +89,9 @@ def from_pretrained(
         dtype = _checked_dtype(dtype or config.dtype)
         return restore(folder, replace(config, dtype=dtype, **chosen), mesh)
     family, config = _hf_config(folder)
-    found = sources(family, config, unpacked(open_folder(folder)))
-    dtype = dtype or _checked_dtype(_widest(found))
-    return _filled(found, replace(config, dtype=dtype, **chosen), mesh)
+    by_parameter = sources(family, config, unpacked(open_folder(folder)))
+    dtype = dtype or _checked_dtype(_widest(by_parameter))
+    return _filled(by_parameter, replace(config, dtype=dtype, **chosen), mesh)
 
 
 def _hf_config(folder: Path) -> tuple[Family, ModelConfig]:
@@ -110,7 +110,9 @@ def _hf_config(folder: Path) -> tuple[Family, ModelConfig]:
         raise CheckpointError(f"{file} cannot be used:\n{error}") from None
 
 
-def _filled(found: dict[str, Source], config: ModelConfig, mesh: Mesh | None) -> Transformer:
+def _filled(
+    by_parameter: dict[str, ParameterSource], config: ModelConfig, mesh: Mesh | None
+) -> Transformer:
     """The model with the numbers of these tensors."""
     wrong: dict[str, None] = {}
     total = sum(prod(leaf.shape) for leaf in parameters(config)[0].values())
@@ -125,19 +127,19 @@ def _filled(found: dict[str, Source], config: ModelConfig, mesh: Mesh | None) ->
         def make(name: str, shape: tuple[int, ...], sharding: Sharding | None) -> Array:
             parts: dict[tuple, np.ndarray] = {}
 
+            # Devices may hold the same part of a parameter: it is read once.
             def part(index: tuple[slice, ...] | None = None) -> np.ndarray:
-                """What devices hold, read once for all that hold the same."""
                 index = (slice(None),) * len(shape) if index is None else index
                 key = tuple(i.indices(n) for i, n in zip(index, shape, strict=True))
                 if key not in parts:
-                    parts[key] = found[name].read(shape, index, config, done)
+                    parts[key] = by_parameter[name].read(shape, index, config, done)
                 return parts[key]
 
             if sharding is None:
                 return jax.device_put(part())
             return jax.make_array_from_callback(shape, sharding, part)
 
-        model = assembled(config, mesh, make)
+        model = assembled_model(config, mesh, make)
     if wrong:
         more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         got = f"NaN or infinity in {', '.join(list(wrong)[:10])}{more}"
@@ -148,7 +150,7 @@ def _filled(found: dict[str, Source], config: ModelConfig, mesh: Mesh | None) ->
 
 @contextmanager
 def _progress(size: int) -> Iterator[Callable[[int], None]]:
-    """A bar in the terminal, for large models; yields what to tell the bytes that are done."""
+    """A bar in the terminal, for large models; yields a function to call with the bytes done."""
     if size < LARGE:
         yield lambda _: None
         return
@@ -162,15 +164,15 @@ def _progress(size: int) -> Iterator[Callable[[int], None]]:
         yield partial(progress.advance, progress.add_task("loading", total=size))
 
 
-def _widest(found: dict[str, Source]) -> str:
-    dtypes = {tensor.dtype for source in found.values() for tensor in source.tensors.flat}
+def _widest(by_parameter: dict[str, ParameterSource]) -> str:
+    dtypes = {tensor.dtype for source in by_parameter.values() for tensor in source.tensors.flat}
     if dtypes == {STORED["BF16"]}:
         return "bfloat16"
     return np.result_type(np.float32, *dtypes).name
 
 
 def _auto(mesh: Any) -> Mesh | None:
-    """The mesh with Auto axes: Explicit ones, JAX's default, are not for plain model code."""
+    """The mesh with Auto axes. Explicit axes, JAX's default, would break plain model code."""
     if mesh is None:
         return None
     if not isinstance(mesh, Mesh):

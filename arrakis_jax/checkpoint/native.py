@@ -1,4 +1,4 @@
-"""Native checkpoints: the weights as Orbax writes them, and the config beside them."""
+"""Native checkpoints: the weights as Orbax writes them, and the config in a JSON file."""
 
 import json
 from dataclasses import asdict
@@ -10,13 +10,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from arrakis_jax.checkpoint.files import NATIVE_CONFIG, NATIVE_WEIGHTS, read_json
-from arrakis_jax.checkpoint.parameters import assembled, named, parameters, sharding
+from arrakis_jax.checkpoint.parameters import assembled_model, named, parameters, sharding
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import CheckpointError, expected
 from arrakis_jax.nn.transformer import Transformer
 
-FORMAT = 1  # of the config; fields that it lacks have their defaults
-CHUNK = 1 << 26  # bytes read at once; smaller buffers are kept by the allocator, and add up
+# Raised when the file of the config changes. Fields that an old file lacks have their defaults.
+FORMAT = 1
+# Bytes read at once. The allocator keeps smaller buffers, and they add up.
+_CHUNK_BYTES = 1 << 26
 
 
 def save(model: Transformer, path: str | Path) -> None:
@@ -37,13 +39,13 @@ def save(model: Transformer, path: str | Path) -> None:
     folder = new_folder(path)
     folder.mkdir(parents=True, exist_ok=True)
     weights = named(model)
-    chunks = {name: ocp.SaveArgs(chunk_byte_size=CHUNK) for name in weights}
-    # Weights hardly compress, and are read faster as they are.
+    chunks = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in weights}
+    # Weights hardly compress, and are read faster without.
     with ocp.PyTreeCheckpointer(use_compression=False) as checkpointer:
         checkpointer.save(folder / NATIVE_WEIGHTS, weights, save_args=chunks)
     # Written last: a folder without it is not a checkpoint.
-    about = {"format": FORMAT, "config": asdict(model.config)}
-    (folder / NATIVE_CONFIG).write_text(json.dumps(about, indent=1))
+    content = {"format": FORMAT, "config": asdict(model.config)}
+    (folder / NATIVE_CONFIG).write_text(json.dumps(content, indent=1))
 
 
 def new_folder(path: str | Path, *, name: str = "path") -> Path:
@@ -64,12 +66,12 @@ def new_folder(path: str | Path, *, name: str = "path") -> Path:
 def native_config(folder: Path) -> ModelConfig:
     """The config of a native checkpoint."""
     file = folder / NATIVE_CONFIG
-    about = read_json(file, "a checkpoint made by `save`")
-    if about.get("format") != FORMAT:
+    content = read_json(file, "a checkpoint made by `save`")
+    if content.get("format") != FORMAT:
         do = "read it with the version of arrakis_jax that wrote it, or convert it again"
-        raise CheckpointError(expected("format", str(FORMAT), repr(about.get("format")), do))
+        raise CheckpointError(expected("format", str(FORMAT), repr(content.get("format")), do))
     try:
-        return ModelConfig(**about["config"])
+        return ModelConfig(**content["config"])
     except (KeyError, TypeError, ValueError) as error:
         do = f"save it again with this version ({error})"
         raise CheckpointError(expected(file.name, "a ModelConfig", "another one", do)) from None
@@ -85,11 +87,11 @@ def restore(folder: Path, config: ModelConfig, mesh: Mesh | None) -> Transformer
     place = folder.absolute() / NATIVE_WEIGHTS
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            # Orbax itself does not compare the shapes of what it restores to host memory.
-            about = checkpointer.metadata(place).item_metadata
-            if about is None:
+            # Orbax does not compare shapes when it restores to host memory.
+            metadata = checkpointer.metadata(place).item_metadata
+            if metadata is None:
                 raise ValueError("its metadata cannot be read")
-            stored = {name: tuple(array.shape) for name, array in dict(about).items()}
+            stored = {name: tuple(array.shape) for name, array in dict(metadata).items()}
             if stored != wanted:
                 wrong = {n for n, _ in stored.items() ^ wanted.items()}
                 raise ValueError(
@@ -100,12 +102,13 @@ def restore(folder: Path, config: ModelConfig, mesh: Mesh | None) -> Transformer
         must, do = "the folder that `save` wrote", f"copy it again ({error})"
         got = "one that does not fit the config or cannot be read"
         raise CheckpointError(expected(NATIVE_WEIGHTS, must, got, do)) from error
-    return assembled(config, mesh, lambda name, _, to: jax.device_put(weights.pop(name), to))
+    return assembled_model(config, mesh, lambda name, _, to: jax.device_put(weights.pop(name), to))
 
 
 def _target(name: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh | None) -> Any:
     """What Orbax restores a parameter to: host memory, or its place on the mesh."""
     if mesh is None:
+        # Orbax needs an array for its shape and dtype; this one has a single element in memory.
         return np.broadcast_to(np.empty((), leaf.dtype), leaf.shape)
     to = sharding(name, leaf.shape, mesh)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to)

@@ -1,4 +1,4 @@
-"""The parameters of a config, without their numbers: names, shapes, layers, and place on a mesh."""
+"""The parameters of a config: their names, shapes, layers, and places on a mesh."""
 
 import re
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from arrakis_jax.core.axes import Array
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.nn.transformer import Transformer
 
-BLOCK = re.compile(r"blocks\.|segments\.(\d+)\.")
+_BLOCK = re.compile(r"blocks\.|segments\.(\d+)\.")
 
-# The mesh axis of each axis of a parameter, without the layer axis. Parameters that are not named
-# here, or have other axes, are whole on every device.
+# For each axis of a parameter, without the layer axis: the mesh axis that divides it. A parameter
+# that is not named here, or has another number of axes, is whole on every device.
 SHARDED = {
     "w_e": ("model", None),
     "w_u": (None, "model"),
@@ -54,7 +54,7 @@ SHARDED = {
 
 @lru_cache(maxsize=8)
 def parameters(config: ModelConfig) -> tuple[dict[str, jax.ShapeDtypeStruct], Any]:
-    """The shape of every parameter by its name, in the order of the tree, and the tree."""
+    """The shape of every parameter by its name, in the tree's order; and the tree's structure."""
     abstract = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     return named(abstract), jax.tree.structure(abstract)
 
@@ -69,8 +69,8 @@ def named(model: Transformer) -> dict[str, Any]:
 
 
 def layers_of(name: str, config: ModelConfig) -> tuple[str, range]:
-    """A parameter's name whatever its segment, as in the rules of families, and its layers."""
-    block = BLOCK.match(name)
+    """A parameter's name as in the rules of families (without its segment), and its layers."""
+    block = _BLOCK.match(name)
     if block is None:
         return name, range(0)
     counts = [n for _, n in config.segments]
@@ -79,16 +79,14 @@ def layers_of(name: str, config: ModelConfig) -> tuple[str, range]:
     return f"blocks.{name[block.end() :]}", range(start, start + counts[i])
 
 
-def assembled(
+def assembled_model(
     config: ModelConfig,
     mesh: Mesh | None,
     make: Callable[[str, tuple[int, ...], Sharding | None], Array],
 ) -> Transformer:
-    """A model whose parameters are `make(name, shape, sharding)`.
-
-    Each is waited for, so that the host's memory holds at most one beside those of accelerators.
-    """
+    """A model whose parameters are `make(name, shape, sharding)`."""
     params, tree = parameters(config)
+    # Each parameter is waited for: while accelerators copy, the host would hold several at once.
     arrays = [
         jax.block_until_ready(make(name, leaf.shape, sharding(name, leaf.shape, mesh)))
         for name, leaf in params.items()
@@ -103,7 +101,7 @@ def sharding(name: str, shape: tuple[int, ...], mesh: Mesh | None) -> Sharding |
 
 def partition(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """How a parameter is divided over the mesh axis "model"; whole if it does not divide."""
-    key = BLOCK.sub("", name, count=1)
+    key = _BLOCK.sub("", name, count=1)
     stacked = (None,) * (key != name)
     axes = (*stacked, *SHARDED.get(key, ()))
     if len(axes) != len(shape):

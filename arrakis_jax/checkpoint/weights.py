@@ -1,4 +1,4 @@
-"""Which tensors of a Hugging Face checkpoint fill which parameter, and what they become."""
+"""From the tensors of a Hugging Face checkpoint to parameters, and back."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -16,19 +16,20 @@ from arrakis_jax.families import family_for
 from arrakis_jax.families.base import Family, Rule, letters
 from arrakis_jax.nn.transformer import Transformer
 
-ALIGNMENT = 64  # bytes; JAX copies a host array that is not aligned to it
-LISTED = 100  # problems told at once
-CHUNK = 1 << 24  # numbers compared at once
+_ALIGNMENT = 64  # bytes; JAX copies a host array that is not aligned to it
+_LISTED = 100  # problems listed in one error
+_CHUNK = 1 << 24  # numbers compared at once
 
 
 @dataclass(frozen=True)
-class Source:
+class ParameterSource:
     """The tensors of one parameter.
 
     Attributes:
-        rule: what they become.
+        rule: how they become the parameter.
         param: the parameter, as `rule` names it.
-        tensors: one for each index of the parameter's first axes; of shape (), (L,) or (L, E).
+        tensors: an array of tensors, one for each index of the parameter's first axes. Its shape is
+            (), (L,) or (L, E).
     """
 
     rule: Rule
@@ -42,10 +43,14 @@ class Source:
         config: ModelConfig,
         done: Callable[[Tensor, np.ndarray], None],
     ) -> np.ndarray:
-        """The part of the parameter at `index`, reading no more; calls `done` on every piece."""
+        """The part of the parameter at `index`; calls `done` with every tensor and its piece.
+
+        Reads no tensor outside of that part.
+        """
         rule, tensors = self.rule, self.tensors
         if tensors.size and tensors.flat[0].parts:
-            # One expert after the other: the axis E becomes one of `tensors`.
+            # Such a tensor is computed when read. One expert after the other needs less memory, so
+            # the axis E moves from the pattern to `tensors`.
             tensors = np.array([t.parts for t in tensors.flat]).reshape(*tensors.shape, -1)
             rule = replace(rule, pattern=re.sub(r"\bE ", "", rule.pattern))
         n = tensors.ndim
@@ -63,7 +68,7 @@ class Source:
 
 def sources(
     family: Family, config: ModelConfig, tensors: Mapping[str, Tensor]
-) -> dict[str, Source]:
+) -> dict[str, ParameterSource]:
     """The tensors of every parameter.
 
     Raises:
@@ -71,15 +76,15 @@ def sources(
     """
     tensors = _renamed(tensors, family)
     params, _ = parameters(config)
-    found, wanted = {}, {}
+    rule_of, wanted = {}, {}
     for param in params:
         generic, layers = layers_of(param, config)
         rules = [(r, _names(r, config, layers)) for r in family.rules if generic in r.params]
         assert rules, f"no rule of {family.name} fills {param}"
-        # The first of which nothing is missing; else the one of which the least is.
+        # The first rule whose tensors are all there; else the one with the fewest missing.
         rule, names = max(rules, key=lambda row: _share(row[1], tensors))
         wanted |= dict.fromkeys(names.flat, rule.shape(config))
-        found[param] = rule, generic, names
+        rule_of[param] = rule, generic, names
     problems = []
     for name, shape in wanted.items():
         got = tensors.get(name)
@@ -98,12 +103,12 @@ def sources(
         problems.append(expected(tensors[name].name, must, f"a tensor of {got}", do))
     if problems:
         listed = sorted(problems, key=_natural)
-        more = len(listed) - LISTED
-        listed = [*listed[:LISTED], *([f"and {more} more like these"] if more > 0 else [])]
+        more = len(listed) - _LISTED
+        listed = [*listed[:_LISTED], *([f"and {more} more like these"] if more > 0 else [])]
         raise CheckpointError("\n".join(listed))
     return {
-        param: Source(rule, generic, _table(tensors, names))
-        for param, (rule, generic, names) in found.items()
+        param: ParameterSource(rule, generic, _table(tensors, names))
+        for param, (rule, generic, names) in rule_of.items()
     }
 
 
@@ -130,16 +135,18 @@ def export_weights(family: str, model: Transformer) -> dict[str, np.ndarray]:
 def aligned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """An empty array that JAX can use on a CPU without a copy."""
     size = prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def finite(array: np.ndarray) -> bool:
-    """Whether every number is, in no memory besides: by their bits, as integers."""
+    """Whether every number is finite; needs no memory beside the array."""
+    # As integers, the bits of floats of one sign have the order of the floats, and NaN comes after
+    # infinity. Signed integers find what is too large among positive floats, unsigned integers
+    # among negative ones, whose first bit is set.
     size = array.dtype.itemsize
     infinity = np.array([np.inf, -np.inf], array.dtype).view(f"u{size}")
-    # Nothing positive, whose bits are positive integers, nor negative is infinity's or beyond.
     return bool(
         array.view(f"i{size}").max(initial=0) < infinity[0]
         and array.view(f"u{size}").max(initial=0) < infinity[1]
@@ -147,7 +154,7 @@ def finite(array: np.ndarray) -> bool:
 
 
 def _names(rule: Rule, config: ModelConfig, layers: range) -> np.ndarray:
-    """The names of a rule's tensors, in the parameter's first axes."""
+    """The names of a rule's tensors, as an array over the parameter's first axes."""
     stacked = "{l}" in rule.tensor
     shape = (len(layers),) if stacked else ()
     shape += () if rule.each is None else (letters(config)[rule.each],)
@@ -156,12 +163,12 @@ def _names(rule: Rule, config: ModelConfig, layers: range) -> np.ndarray:
 
 
 def _share(names: np.ndarray, tensors: Mapping[str, Tensor]) -> float:
-    """How many of the names are there, as a share."""
+    """The share of the names that the checkpoint has."""
     return sum(name in tensors for name in names.flat) / max(names.size, 1)
 
 
 def _table(tensors: Mapping[str, Tensor], names: np.ndarray) -> np.ndarray:
-    """The tensors of these names."""
+    """The tensors of these names, in an array of the same shape."""
     table = np.empty(names.shape, object)
     for at in np.ndindex(names.shape):
         table[at] = tensors[str(names[at])]
@@ -169,7 +176,7 @@ def _table(tensors: Mapping[str, Tensor], names: np.ndarray) -> np.ndarray:
 
 
 def _renamed(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
-    """The tensors under the names of the family's table; what is no weight is left out."""
+    """The tensors under the names of the family's table, without those that are no weights."""
     known = {re.sub(r"\\\{\w\\\}", r"\\d+", re.escape(rule.tensor)) for rule in family.rules}
     pattern = re.compile("|".join(known))
 
@@ -180,7 +187,8 @@ def _renamed(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]
         return full if pattern.fullmatch(full) and not pattern.fullmatch(name) else name
 
     renamed = {}
-    # A name that another tensor has already remains as it is, and is left over.
+    # Unchanged names come first. A tensor whose new name is taken keeps its own, and is reported as
+    # left over.
     for name in sorted(tensors, key=lambda name: listed(name) != name):
         target = listed(name)
         if not any(re.fullmatch(buffer, n) for buffer in family.buffers for n in (name, target)):
@@ -189,7 +197,7 @@ def _renamed(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]
 
 
 def _redundant(family: Family, params: Mapping, tensors: Mapping[str, Tensor]) -> set[str]:
-    """The unembedding of a tied model, where it is stored and equals the embedding."""
+    """The stored unembedding of a tied model, if it equals the embedding."""
     if "w_u" in params:
         return set()
     heads, tables = (
@@ -203,8 +211,9 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same bits."""
     if (a.stored, a.shape) != (b.stored, b.shape) or a.stored not in WEIGHTS:
         return False
+    # Bits are compared, since NaN equals nothing; in chunks, since the tensors are memory-mapped.
     x, y = (t.read().view(f"u{t.dtype.itemsize}") for t in (a, b))
-    step = max(1, CHUNK // max(1, prod(a.shape[1:])))
+    step = max(1, _CHUNK // max(1, prod(a.shape[1:])))
     return all(np.array_equal(x[i : i + step], y[i : i + step]) for i in range(0, len(x), step))
 
 

@@ -145,7 +145,7 @@ def _qk_entries(
     head: HeadIndex,
     destinations: Rows,
     sources: Rows,
-    distance: Int[Array, " 1"],
+    distance: Int[Array, " N"],
     *,
     scales: str,
 ) -> Float[Array, "N M"]:
@@ -207,7 +207,7 @@ def _trigrams(
     model: Transformer,
     head: HeadIndex,
     sources: Rows,
-    distance: Int[Array, " 1"],
+    distance: Int[Array, " N"],
     *,
     k: int,
     scales: str,

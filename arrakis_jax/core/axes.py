@@ -11,5 +11,5 @@ __all__ = ["Array", "Bool", "Float", "Int", "over"]
 
 
 def over(value: Array, like: Array) -> Array:
-    """`value` with axes of size one in front, to broadcast over those of `like`."""
+    """`value` with axes of size one in front, so that it broadcasts over the axes of `like`."""
     return value[(None,) * (like.ndim - value.ndim)]

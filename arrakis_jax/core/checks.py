@@ -1,9 +1,9 @@
 """Checks of arguments on the host, before anything is traced.
 
-JAX clamps, wraps or propagates what is out of range; here it raises. Shapes and dtypes are always
-checked. Values are checked where that costs nothing: numpy arrays, lists and ints always, a
-`jax.Array` if it is on the CPU and fully addressable (elsewhere only with `check=True`, because
-reading it waits for the device), a traced array never.
+JAX clamps, wraps or propagates an index that is out of range; these functions raise. Shapes and
+dtypes are always checked. Values are checked where that costs nothing: numpy arrays, lists and ints
+always; a `jax.Array` if it is on the CPU and fully addressable, elsewhere only with `check=True`,
+because reading it waits for the device; a traced array never.
 """
 
 from dataclasses import is_dataclass
@@ -46,7 +46,7 @@ def checked_tokens(
         ValueError: wrong rank or shape, an id outside of the vocabulary at a real token, mask
             values other than 0 and 1, a row without a real token, more tokens than positions.
     """
-    if is_dataclass(tokens):  # a residual stream, or an output
+    if is_dataclass(tokens):  # a residual stream, or a model's output
         got, do = type(tokens).__name__, "this runs the model: pass its `tokens` and `mask`"
         raise TypeError(expected(name, "token ids `[B,T]`", got, do))
     tokens = _array(name, tokens, "token ids `[B,T]`")
@@ -61,6 +61,7 @@ def checked_tokens(
     real = None
     if mask is not None:
         mask, real = _checked_mask(mask, tokens.shape, check)
+    # Ids at padding may be anything, so ids are checked only where the mask can be read as well.
     ids = host(tokens, check)
     if ids is not None and (mask is None or real is not None):
         wrong = (ids < 0) | (ids >= config.vocab_size)
@@ -74,6 +75,7 @@ def checked_tokens(
                          "use this model's tokenizer, or mask padding out")
             )  # fmt: skip
     if config.positions == "learned":
+        # Padding takes no position of the table, so the longest row of real tokens counts.
         longest = tokens.shape[1]
         if mask is not None:
             longest = 0 if real is None else int(real.sum(-1).max(initial=0))
@@ -93,6 +95,7 @@ def _checked_mask(mask: Any, shape: tuple, check: bool) -> tuple[Array, np.ndarr
     if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
         do = "use mask != 0"
         raise TypeError(expected("mask", "bool or 0/1 integers", f"dtype {mask.dtype}", do))
+    # The mask as bool on the host, or None where its values cannot be read.
     real = host(mask, check)
     if real is not None:
         if ((real != 0) & (real != 1)).any():
@@ -143,7 +146,7 @@ def checked_position(position: Any, n_rows: int, mask: Any, length: int) -> Arra
 
     Raises:
         TypeError: a position that is not an integer.
-        ValueError: not one position, nor one a row.
+        ValueError: neither one position nor one for each row.
         IndexError: a position that a row does not have.
     """
     position = _array("position", position, "an int")
@@ -153,6 +156,7 @@ def checked_position(position: Any, n_rows: int, mask: Any, length: int) -> Arra
     if position.shape not in ((), (n_rows,)):
         got, do = f"shape {position.shape}", "give one for all rows, or one a row"
         raise ValueError(expected("position", f"an int or of shape ({n_rows},)", got, do))
+    # `count` is each row's number of real tokens, or None where the mask cannot be read.
     values = host(position)
     count = np.asarray(length)
     if mask is not None:
@@ -177,7 +181,7 @@ def longest_row(shape: tuple[int, ...], mask: Any) -> int:
 def checked_positions(
     positions: Any, shape: tuple[int, ...], mask: Any, *, name: str = "positions"
 ) -> tuple[int, ...] | None:
-    """Positions as a tuple of ints, each of which some row has; None for None.
+    """Positions as a tuple of ints; None for None.
 
     Raises:
         TypeError: positions that are not integers, or not known before tracing.
@@ -213,6 +217,7 @@ def checked_layer(layer: Any, n_layers: int, *, name: str = "layer_idx", end: in
         if not jnp.issubdtype(layer.dtype, jnp.integer) or layer.ndim:
             got, do = f"{layer.aval}", "vmap or scan over layers instead"
             raise TypeError(expected(name, "an integer scalar", got, do))
+        # Its value is not known before the program runs, so its range is not checked.
         return jnp.where(layer < 0, layer + n_layers, layer)
     value = np.asarray(layer)
     if value.ndim or not np.issubdtype(value.dtype, np.integer):
@@ -262,7 +267,8 @@ def checked_choice(name: str, value: Any, choices: tuple) -> None:
 
 
 def _int32(value: Any, shape: tuple[int, ...] | None = None) -> Any:
-    """The values as int32, broadcast; numpy's stay numpy's, which jit takes with the call."""
+    """The values as int32, broadcast to `shape`."""
+    # A numpy array stays one: jit transfers it with its call, which saves a transfer of its own.
     if isinstance(value, jax.Array):
         value = value if value.dtype == jnp.int32 else value.astype(jnp.int32)
         return value if shape in (None, value.shape) else jnp.broadcast_to(value, shape)
@@ -270,7 +276,8 @@ def _int32(value: Any, shape: tuple[int, ...] | None = None) -> Any:
     return value if shape is None else np.broadcast_to(value, shape)
 
 
-def _array(name: str, value: Any, what: str) -> Any:
+def _array(name: str, value: Any, contents: str) -> Any:
+    """The value as an array of JAX or numpy; TypeError for ragged lists and text."""
     if isinstance(value, jax.Array):
         return value
     try:
@@ -279,7 +286,7 @@ def _array(name: str, value: Any, what: str) -> Any:
         array = np.asarray(None)
     if array.dtype == object or array.dtype.kind in "US":
         do = "pad ragged rows and pass a mask, or use `encode` or `token_id` on text"
-        raise TypeError(expected(name, f"an array of {what}", f"{type(value).__name__}", do))
+        raise TypeError(expected(name, f"an array of {contents}", f"{type(value).__name__}", do))
     return array
 
 
@@ -297,7 +304,7 @@ def as_tuple(name: str, values: Any) -> tuple[int, ...] | None:
 def _integers(values: Any) -> np.ndarray | None:
     try:
         array = np.array(values if isinstance(values, np.ndarray) else list(values))
-    except (TypeError, ValueError):  # no sequence, or one of traced or unequal things
+    except (TypeError, ValueError):  # no sequence, or its entries are traced or unequal in shape
         return None
     if array.ndim == 1 and (array.size == 0 or np.issubdtype(array.dtype, np.integer)):
         return array.astype(int)

@@ -21,7 +21,7 @@ class ModelConfig:
         n_layers: L, number of blocks; 0 gives a bigram model.
         d_model: D, width of the residual stream.
         n_heads: H, query heads.
-        n_kv_heads: G, key/value heads; query head h reads key/value head h // (H / G).
+        n_kv_heads: G, key/value heads; query head h reads key/value head h // R, with R = H / G.
         d_head: K, width of one head; need not be D / H.
         d_mlp: F, hidden width of the (dense) MLP; 0 if no layer has one.
         vocab_size: V.
@@ -30,10 +30,9 @@ class ModelConfig:
         norm_gain: whether norms have a gain `w`.
         norm_bias: whether LayerNorms have a bias `b`. (RMSNorms have none.)
         norm_offset: the gain is `w + norm_offset` (Gemma: 1).
-        norm_placement: what is normed. "pre": what attention and MLP read. "post": what they
-            write. "both": what they read and what they write. "stream_before": the stream itself
-            before each of them (which read it), "stream_after": the stream itself after each of
-            them is added.
+        norm_placement: where norms are. "pre": on the inputs of attention and MLP. "post": on their
+            outputs. "both": on both. "stream_before": on the stream itself, before each of them
+            reads it. "stream_after": on the stream itself, after the output of each is added.
         final_norm: whether there is a norm before the unembedding.
         embed_norm: whether token embeddings are normed (BLOOM).
         positions: "learned" (a table added to the embedding), "rope", "alibi" or None.
@@ -48,11 +47,11 @@ class ModelConfig:
         falcon_alibi: ALiBi's biases are rounded to bfloat16 and scaled together with the products.
         window: how many positions a query reads, itself included; None for all before it.
         window_layers: which layers have that window, one bool for each; None for all.
-        window_rope_theta: base wavelength in the layers with a window; None for `rope_theta` and
-            `rope_scaling` in all of them.
+        window_rope_theta: base wavelength in the layers with a window. None: these layers have
+            `rope_theta` and `rope_scaling` too.
         window_rope_scaling: scaling of the frequencies in the layers with a window, if
             `window_rope_theta` is given.
-        attention_scale: factor on query-key products; None for K ** -0.5.
+        attention_scale: factor on the products of queries and keys; None for K ** -0.5.
         scale_by_inverse_layer: also divide the scores of layer l by l + 1 (a GPT-2 option).
         attention_softcap: c; scores become `c tanh(scores / c)`.
         sinks: a learned score for each head that takes part in the softmax and reads nothing, so
@@ -70,11 +69,11 @@ class ModelConfig:
             "gelu_tanh" with sqrt(2 / pi) written as 0.79788456).
         gated: whether the MLP is act(x w_gate) * (x w_in) instead of act(x w_in).
         mlp_bias: biases on every MLP matrix, experts' included.
-        mlp_limit: a gated MLP's gate is clipped to at most this, and what it multiplies to
+        mlp_limit: in a gated MLP, x w_gate is clipped to at most this, and x w_in to
             [-mlp_limit, mlp_limit] (gpt-oss).
-        up_offset: added to what the gate multiplies (gpt-oss: 1).
+        up_offset: added to x w_in before the gate multiplies it (gpt-oss: 1).
         n_experts: E, experts of a mixture-of-experts layer; 0 for none.
-        experts_per_token: k, how many of them a token is sent to.
+        experts_per_token: k, to how many experts a token is sent.
         d_expert: F of one expert.
         d_shared_expert: F of an expert for every token, with a sigmoid gate; 0 for none.
         renormalise: whether the k routing weights are divided by their sum.
@@ -89,15 +88,15 @@ class ModelConfig:
         unembed_bias: a bias on the logits.
         dtype: dtype of the weights. Norms, softmax, logits and the stream are computed in float32
             or wider.
-        stream_dtype: "bfloat16" to round the residual stream to it after every write, which halves
-            its memory; decompositions then have the rounding as terms of its own. None does not
-            round.
+        stream_dtype: "bfloat16" rounds the residual stream to it after every write, which halves
+            its memory; decompositions then have terms for the rounding. None does not round.
         matmul_precision: JAX precision of float32 products ("highest", "high", "default"). Weights
-            in bfloat16 are widened for them, except with "default": then what they multiply is
-            rounded to bfloat16, gradients too, which is faster and less exact
-            (benchmarks/bfloat16.py). JAX can then differentiate the model in reverse mode only.
+            in bfloat16 are widened for these products. With "default" the other operand is rounded
+            to bfloat16 in their place, gradients too: faster and less exact
+            (benchmarks/bfloat16.py), and JAX can differentiate the model in reverse mode only.
     """
 
+    # Sizes.
     n_layers: int
     d_model: int
     n_heads: int
@@ -105,6 +104,7 @@ class ModelConfig:
     d_head: int
     d_mlp: int
     vocab_size: int
+    # Norms.
     norm: Literal["layernorm", "rmsnorm"] | None
     norm_eps: float | None
     norm_gain: bool = True
@@ -113,6 +113,7 @@ class ModelConfig:
     norm_placement: Literal["pre", "post", "both", "stream_before", "stream_after"] = "pre"
     final_norm: bool = True
     embed_norm: bool = False
+    # Positions: which are known, and how far a query reads.
     positions: Literal["learned", "rope", "alibi"] | None
     max_positions: int
     position_offset: int = 0
@@ -126,6 +127,7 @@ class ModelConfig:
     window_layers: tuple[bool, ...] | None = None
     window_rope_theta: float | None = None
     window_rope_scaling: RopeScaling | None = None
+    # Attention.
     attention_scale: float | None = None
     scale_by_inverse_layer: bool = False
     attention_softcap: float | None = None
@@ -135,6 +137,7 @@ class ModelConfig:
     qk_norm_bias: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
+    # MLPs and experts.
     parallel: bool = False
     shared_norm: bool = False
     activation: Literal[
@@ -151,6 +154,7 @@ class ModelConfig:
     renormalise: bool = False
     router_bias: bool = False
     moe_layers: tuple[bool, ...] | None = None
+    # The stream and its ends.
     residual_scale: float = 1.0
     embed_scale: float = 1.0
     d_embed: int | None = None
@@ -158,6 +162,7 @@ class ModelConfig:
     logit_softcap: float | None = None
     tied: bool = False
     unembed_bias: bool = False
+    # Precision.
     dtype: str = "float32"
     stream_dtype: Literal["bfloat16"] | None = None
     matmul_precision: Literal["highest", "high", "default"] = "highest"
@@ -180,6 +185,7 @@ class ModelConfig:
                     for name, entry in value.items()
                 }
                 value = RopeScaling(**entries)
+            # The dataclass is frozen, also for its own initialisation.
             object.__setattr__(self, field.name, value)
 
     @property
@@ -226,6 +232,7 @@ class ModelConfig:
     @property
     def segments(self) -> tuple[tuple[bool, int], ...]:
         """Consecutive layers of the same parameters: whether they have experts, and how many."""
+        # Every layer is of one kind, or there is none.
         if not self.moe_layers:
             return ((self.n_experts > 0, self.n_layers),)
         return tuple((moe, len(list(layers))) for moe, layers in groupby(self.moe_layers))

@@ -10,5 +10,5 @@ class NotCapturedError(ValueError):
 
 
 def expected(argument: str, must: str, got: object, do: str) -> str:
-    """The form of every message: what was wanted, what came, and what to do about it."""
+    """A message in the form of all messages: what was wanted, what came, and the remedy."""
     return f"`{argument}` must be {must}, got {got}; {do}"

@@ -6,7 +6,7 @@ from arrakis_jax.core.axes import Array, Float
 
 
 def contract(spec: str, *operands: Array) -> Array:
-    """`jnp.einsum` in at least float32 whatever the operands, at the highest precision."""
+    """`jnp.einsum` in at least float32, for operands of any dtype, at the highest precision."""
     acc = jnp.promote_types(jnp.result_type(*operands), jnp.float32)
     operands = tuple(x.astype(acc) for x in operands)
     return jnp.einsum(spec, *operands, precision="highest", preferred_element_type=acc)
@@ -19,10 +19,13 @@ def norm(x: Float[Array, "... D"]) -> Float[Array, "..."]:
 
 def root(square: Array) -> Array:
     """The square root, with gradient zero (not NaN) at zero."""
-    zero = square == 0  # NaN is not, and stays
+    # The inner `where` keeps the gradient finite: that of a root at zero is infinite, and the outer
+    # one would multiply it by zero, which is NaN. NaN is not equal to zero, and stays.
+    zero = square == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, square)))
 
 
 def ratio(a: Array | float, b: Array) -> Array:
     """`a / b`, and 0 where `b` is zero."""
+    # Divided by one there, so that the gradient is finite too.
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))

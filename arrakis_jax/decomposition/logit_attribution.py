@@ -225,7 +225,7 @@ def _at_the_end(
     """The terms of these layers, times the factors of all later norms on the stream."""
     # from_layer[l]: the product of the factors of layers l and later; one after the last.
     from_layer = jax.lax.cumprod(passed, axis=0, reverse=True)
-    from_layer = jnp.concatenate([from_layer, jnp.ones_like(passed[:1])]) * reader.size
+    from_layer = jnp.concatenate([from_layer, jnp.ones_like(passed[:1])]) * reader.size[None]
     at_the_end = []
     for terms, own in zip(layered, segment_layers(model), strict=True):
         kept = np.array([i for i in own if layers is None or i in layers], int)
@@ -233,7 +233,7 @@ def _at_the_end(
             later = from_layer[kept + 1][:, None]
             rows = kept - own[0]
             at_the_end.append(tuple(Measured(t.value[rows] * later, t.kind) for t in terms))
-    return first * from_layer[0], at_the_end
+    return first * from_layer[:1], at_the_end
 
 
 def _result(

@@ -210,7 +210,7 @@ def _find(
     names, first = embeddings(model, stream, ranks, kinds)
     labels = labels_of(model, names, walked.by_segment, kinds, layers)
     checked_count("k", k, len(labels))
-    first = contract("C...D,...D->C...", first, reader.first) * walked.state.through
+    first = contract("C...D,...D->C...", first, reader.first) * walked.state.through[None]
     largest = walked.state.and_of(first, -1).past(reader.size)
     return _result(model, stream, readout, largest, labels, layers is None and kinds is None)
 

@@ -1,4 +1,4 @@
-"""The text that the shipped model is trained on: seeded, made from short lists.
+"""The training text of the shipped model: seeded, made from short lists.
 
 Indirect-object sentences, subject-verb agreement, and repeated random sequences. A fifth of the
 pairs of names, of the opening clauses and of the closing clauses are held out of training.
@@ -51,6 +51,7 @@ GIFTS = ("a O", "the O", "the old O", "a new O")
 
 def is_held_out(*parts: str) -> bool:
     """Whether this combination is kept out of training: a fifth are, chosen by a checksum."""
+    # A checksum, and not a generator: the choice must not depend on the order of calls.
     return zlib.crc32(" ".join(parts).encode()) % 5 == 0
 
 
@@ -59,13 +60,13 @@ def _templates(firsts: tuple[str, ...], seconds: tuple[str, ...], *, held_out: b
     return [f"{a} {b}".strip() for a, b in pairs if is_held_out(a, b) == held_out]
 
 
-OPENINGS = {held: _templates(STARTS, EVENTS, held_out=held) for held in (False, True)}
-CLOSINGS = {held: _templates(ACTS, GIFTS, held_out=held) for held in (False, True)}
+OPENINGS = {out: _templates(STARTS, EVENTS, held_out=out) for out in (False, True)}
+CLOSINGS = {out: _templates(ACTS, GIFTS, held_out=out) for out in (False, True)}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text, the token that follows (with its space), and the name that does not."""
+    """A text, the token that follows it (with its space), and the one that must not."""
 
     text: str
     answer: str
@@ -78,7 +79,7 @@ def indirect_object(rng: np.random.Generator, *, order: str, held_out: bool) -> 
     Args:
         rng: where randomness comes from.
         order: "ABBA" (the second name is repeated) or "BABA" (the first is).
-        held_out: with a pair of names, an opening and a closing never seen in training.
+        held_out: whether the pair of names, the opening and the closing are kept out of training.
     """
     while True:
         first, second = rng.choice(NAMES, 2, replace=False)
@@ -89,15 +90,15 @@ def indirect_object(rng: np.random.Generator, *, order: str, held_out: bool) -> 
     opening = opening[0].upper() + opening[1:]
     end = "," if opening.split()[0] in STARTS[:6] else "."
     place, another = rng.choice(PLACES, 2, replace=False)
-    found, given = rng.choice(OBJECTS, 2, replace=False)
+    first_object, second_object = rng.choice(OBJECTS, 2, replace=False)
     filled = {"N": first, "M": second, "S": subject, "P": place, "Q": another}
-    before = _fill(opening + end, filled | {"O": found})
-    after = _fill(f"S {closing} to", filled | {"O": given})
+    before = _fill(opening + end, filled | {"O": first_object})
+    after = _fill(f"S {closing} to", filled | {"O": second_object})
     return Prompt(f"{before} {after}", f" {answer}", f" {subject}")
 
 
-def agreement(rng: np.random.Generator) -> Prompt:
-    """One subject-verb agreement prompt, with a noun of either number in between."""
+def subject_verb(rng: np.random.Generator) -> Prompt:
+    """One prompt of subject-verb agreement, with another noun between the two."""
     subject, between = rng.choice(OBJECTS[:20], 2, replace=False)
     plural, distractor = rng.integers(2, size=2)
     where = rng.choice(["near", "behind", "under", "with"])
@@ -107,14 +108,14 @@ def agreement(rng: np.random.Generator) -> Prompt:
 
 
 def sentences(rng: np.random.Generator) -> Iterator[tuple[str, str]]:
-    """Training sentences without end, as a prompt and its rest."""
+    """Endless training sentences, each as a prompt and its rest."""
     while True:
         if rng.random() < 0.75:
             order = "ABBA" if rng.random() < 0.5 else "BABA"
             prompt = indirect_object(rng, order=order, held_out=False)
             yield prompt.text, f"{prompt.answer}."
         else:
-            prompt = agreement(rng)
+            prompt = subject_verb(rng)
             yield prompt.text, f"{prompt.answer} {rng.choice(ADJECTIVES)}."
 
 
@@ -127,8 +128,9 @@ def repeated(rng: np.random.Generator, ids: np.ndarray, length: int) -> np.ndarr
 def words() -> list[str]:
     """Every word of the text, for the tokenizer."""
     clauses = (*STARTS, *EVENTS, *ACTS, *GIFTS, "Friends to")
-    found = {w.strip(",.") for clause in clauses for w in clause.split()}
-    plain = {w for w in found if len(w) > 1 or w == "a"}
+    parts = {w.strip(",.") for clause in clauses for w in clause.split()}
+    # Single letters other than "a" stand for names, places and objects.
+    plain = {w for w in parts if len(w) > 1 or w == "a"}
     nouns = {_number(noun, plural) for noun in OBJECTS[:20] for plural in (0, 1)}
     others = {"The", "the", "is", "are", "near", "behind", "under", "with"}
     return sorted(plain | nouns | others | {*NAMES, *PLACES, *OBJECTS, *ADJECTIVES})

@@ -30,12 +30,13 @@ from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.text import tokenizer_for
 
 BOS = "<bos>"
-# The shape of a batch's text, and of its random sequences: in the second half of the training
-# they fill the context, since what has learned to copy over short distances soon does over long.
+# The shape of a batch's text, and of its random sequences. Sequences are short in the first half of
+# the training and fill the context in the second: a model that copies over short distances soon
+# learns to copy over long ones.
 TEXT, SHORT, LONG = (22, 64), (10, 64), (5, 128)
 FEW_TOKENS = 40
 
-# The matrix that each stacked parameter is to Muon: its axes of input and of output.
+# Muon treats each stacked parameter as a matrix: its input axes and its output axes.
 MATRICES = {
     **dict.fromkeys(("w_q", "w_k", "w_v"), MuonDimensionNumbers(1, (2, 3))),
     "w_o": MuonDimensionNumbers((1, 2), 3),
@@ -46,8 +47,9 @@ MATRICES = {
 def build_tokenizer(folder: Path) -> None:
     """A byte-level tokenizer in which every word of the text is one token with its space.
 
-    Anything else falls into bytes, so that any text can be encoded.
+    Other words fall into bytes, so that any text can be encoded.
     """
+    # Words are whole entries, found without merges. "Ġ" stands for the space in front.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     entries = [BOS, *alphabet, *(f"Ġ{word}" for word in text.words() if len(word) > 1), "Ġa"]
     vocabulary = {entry: i for i, entry in enumerate(entries)}
@@ -68,12 +70,13 @@ def text_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of sentences after a BOS, and the weight of each token as a target.
 
-    The token that only the sentence's meaning decides weighs most.
+    The token that follows from the sentence's meaning weighs most.
     """
     rows = np.zeros((count, width), np.int32)
     weights = np.zeros((count, width), np.float32)
     source = text.sentences(rng)
     for row, weight in zip(rows, weights, strict=True):
+        # Sentences follow each other until the row is full; the last one is cut.
         row[0], at = tokenizer.bos_token_id, 1
         while at < width:
             prompt, rest = next(source)
@@ -90,12 +93,13 @@ def text_rows(
 def repeated_rows(
     rng: np.random.Generator, ids: np.ndarray, count: int, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Random sequences after a BOS, repeated to the row's end; all repetitions weigh."""
+    """Random sequences after a BOS, repeated to the row's end; each repeated token has a weight."""
     rows = np.zeros((count, width), np.int32)
     weights = np.zeros((count, width), np.float32)
     for row, weight in zip(rows, weights, strict=True):
         length = int(rng.integers(6, min((width - 1) // 2, len(ids)) + 1))
         row[1:] = np.resize(rng.choice(ids, length, replace=False), width - 1)
+        # The first token of the second copy cannot be predicted, the next one can.
         weight[length + 2 :] = 1.0
     return rows, weights
 
@@ -114,8 +118,8 @@ def loss(model: Transformer, *parts: tuple[Array, Array]) -> Array:
 def train(config: ModelConfig, tokenizer: Any, steps: int, seed: int) -> Transformer:
     """Muon, with AdamW for embeddings and norms, on batches of text and repeated sequences.
 
-    The random sequences are made of few different tokens at first: an induction circuit needs many
-    sights of each token to form, and spreads to further tokens easily once it is there.
+    At first the random sequences are made of few different tokens: an induction circuit forms only
+    if it sees each token often, and then spreads to further tokens easily.
     """
     rng = np.random.default_rng(seed)
     model: Any = Transformer(config, rngs=nnx.Rngs(seed))
@@ -141,6 +145,7 @@ def train(config: ModelConfig, tokenizer: Any, steps: int, seed: int) -> Transfo
 
     state = optimiser.init(model)
     for done in track(range(steps), "training"):
+        # From few tokens to the whole vocabulary, geometrically, over the first 40 % of the steps.
         part = min(1.0, done / (0.4 * steps))
         count = round(FEW_TOKENS * (shuffled.size / FEW_TOKENS) ** part)
         chosen = rng.integers(len(corpus[0]), size=TEXT[0])
@@ -158,7 +163,7 @@ def _schedule(peak: float, steps: int) -> optax.Schedule:
 
 
 def _matrices(params: Any) -> Any:
-    """What Muon trains, and as which matrices; None for the rest."""
+    """For each parameter, the matrix that Muon trains; None for those that AdamW trains."""
 
     def numbers(path: tuple, _: Array) -> MuonDimensionNumbers | None:
         name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
@@ -167,7 +172,7 @@ def _matrices(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(numbers, params)
 
 
-def main(
+def train_demo(
     out: Annotated[Path, typer.Option(help="folder to write")] = FOLDER,
     seed: int = 0,
     steps: int = 4000,
@@ -212,4 +217,4 @@ def _write(path: Path, content: dict) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(train_demo)

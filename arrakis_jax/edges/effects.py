@@ -1,15 +1,17 @@
 """The effects of edges: a number for each pair of a reader and a writer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from arrakis_jax.core.axes import Array, Float
-from arrakis_jax.core.errors import expected
 from arrakis_jax.edges.graph import Edge, Graph
-from arrakis_jax.patching.effects import Effects, TopEffects, effect_rows, top_of
+from arrakis_jax.patching.effects import Effects, effect_rows
+from arrakis_jax.results.labels import LazyLabels
+from arrakis_jax.results.ranking import Top, top
 from arrakis_jax.results.table import Table
 
 
@@ -18,17 +20,17 @@ def edge_table(effects: Effects, k: int | None, there: Any = None) -> Table:
 
     `there` says which of the pairs are edges; None for all.
     """
-    table = Table({name: [] for name in ("edge", "writer", "reader", "row", "effect")})
-    for which, row, value in effect_rows(effects.terms, k, there):
-        edge = effects.labels[which]
-        entries = (str(edge), str(edge.writer), str(edge.reader), row, value)
-        for name, entry in zip(table, entries, strict=True):
-            table[name].append(entry)
-    return table
+
+    def rows() -> Iterator[tuple]:
+        for i, row, value in effect_rows(effects.terms, k, there):
+            edge = effects.labels[i]
+            yield (str(edge), str(edge.writer), str(edge.reader), row, value)
+
+    return Table.of_rows(("edge", "writer", "reader", "row", "effect"), rows())
 
 
 @dataclass(frozen=True)
-class EdgeLabels(Sequence):
+class EdgeLabels(LazyLabels[Edge]):
     """All pairs of a reader and a writer: pair `r * W + w` is reader r and writer w."""
 
     # Made when asked for: a large model has millions of pairs.
@@ -42,23 +44,9 @@ class EdgeLabels(Sequence):
     def __len__(self) -> int:
         return self.graph.n_readers * self.graph.n_writers
 
-    @overload
-    def __getitem__(self, i: int) -> Edge: ...
-
-    @overload
-    def __getitem__(self, i: slice) -> tuple[Edge, ...]: ...
-
-    def __getitem__(self, i: int | slice) -> Edge | tuple[Edge, ...]:
-        """The edge of pair `i`, or those of a slice."""
-        if isinstance(i, slice):
-            return tuple(self[j] for j in range(*i.indices(len(self))))
-        if not -len(self) <= i < len(self):
-            raise IndexError(expected("i", f"in [{-len(self)}, {len(self)})", i, "see len()"))
-        reader, writer = divmod(int(i) % len(self), self.graph.n_writers)
+    def _label(self, i: int) -> Edge:
+        reader, writer = divmod(i, self.graph.n_writers)
         return Edge(self.graph.writers[writer], self.graph.readers[reader])
-
-    def __iter__(self) -> Iterator[Edge]:
-        return (self[i] for i in range(len(self)))
 
 
 @jax.tree_util.register_dataclass
@@ -97,9 +85,10 @@ class EdgeEffects(Effects):
         """The effect of each writer on all of its readers, to first order."""
         return self.effects.sum(0)
 
-    def top(self, k: int) -> TopEffects:
+    def top(self, k: int) -> Top:
         """The k effects of largest absolute value of each example, `[k,B]`."""
-        return top_of(self.terms, k, self.graph.edges.reshape(-1))
+        edges = jnp.asarray(self.graph.edges.reshape(-1))
+        return top(self.terms, k, among=edges, most=int(edges.sum()))
 
     def to_table(self, k: int | None = None) -> Table:
         """A row for each edge and example, or for the k largest of each example.

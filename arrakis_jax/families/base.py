@@ -310,6 +310,7 @@ class Family:
             return None
         if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
             return None if abs(value) < HUGE else "finite"
+        # Not isinstance: a bool is an int to Python, and JSON knows the difference.
         if type(value) is kind:
             return None
         return f"of type {kind.__name__}" + (" or null" if default is None else "")

@@ -13,7 +13,7 @@ _DEFAULTS = {
     "apply_residual_connection_post_layernorm": False,
     "tie_word_embeddings": True,
 }
-_TRAINED = 2048  # tokens; no config field holds it, and ALiBi goes beyond
+_TRAINED = 2048  # tokens; no config field has this number, and ALiBi accepts longer texts
 
 
 def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
@@ -25,6 +25,7 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
         "n_heads": hf["n_head"],
         "n_kv_heads": hf["n_head"],
         "d_head": per_head(width, hf["n_head"], "hidden_size"),
+        # The class has no field for this width.
         "d_mlp": 4 * width,
         "vocab_size": hf["vocab_size"],
         "norm": "layernorm",
@@ -42,6 +43,7 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 _LAYER = "transformer.h.{l}."
+# Each head's query, key and value stand together, head after head.
 _RULES = (
     rule("transformer.word_embeddings.weight", "V D -> V D", "w_e"),
     *norm_rules("transformer.word_embeddings_layernorm", "norm_embed"),

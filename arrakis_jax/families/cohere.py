@@ -12,6 +12,7 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
         "norm_bias": False,
         "parallel": True,
         "shared_norm": True,
+        # Unlike Llama, it rotates the pairs (2i, 2i + 1).
         "rope_interleaved": True,
         "qk_norm": "each_head" if hf["use_qk_norm"] else None,
         "logit_scale": float(hf["logit_scale"]),
@@ -21,6 +22,7 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
 _RULES = (
     *decoder.END_RULES,
     *decoder.ATTENTION_RULES,
+    # Every head has its own gain.
     rule(decoder.LAYER + "self_attn.q_norm.weight", "H K -> H K", "blocks.attn.norm_q.w"),
     rule(decoder.LAYER + "self_attn.k_norm.weight", "G K -> G K", "blocks.attn.norm_k.w"),
     rule(decoder.LAYER + "input_layernorm.weight", "D -> D", "blocks.norm_attn.w"),

@@ -30,7 +30,7 @@ _DEFAULTS = {
 
 def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     width, n_heads, inner = hf["hidden_size"], hf["num_attention_heads"], hf["ffn_hidden_size"]
-    # Of the first checkpoints, those of the 40B name `n_head_kv`, and only those.
+    # Among the first checkpoints only those of the 40B have `n_head_kv`; their architecture is new.
     new = hf["new_decoder_architecture"] or hf["n_head_kv"] is not None
     n_kv_heads = hf["num_kv_heads"] if hf["n_head_kv"] is None else hf["n_head_kv"]
     n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
@@ -73,6 +73,8 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
 
 _LAYER = "transformer.h.{l}."
 _QKV = _LAYER + "self_attention.query_key_value."
+# Two norms in parallel are `ln_attn` and `ln_mlp`; one norm, and the first of two in sequence, is
+# `input_layernorm`. A group's R queries, its key and its value stand together, group after group.
 _RULES = (
     rule("transformer.word_embeddings.weight", "V D -> V D", "w_e"),
     *norm_rules(_LAYER + "input_layernorm", "blocks.norm_attn"),

@@ -8,6 +8,7 @@ from arrakis_jax.families.base import HF_ACTIVATIONS
 
 def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     return decoder.llama_arguments(hf) | {
+        # Gains are stored minus one.
         "norm_offset": 1.0,
         "embed_scale": decoder.positive(hf, "hidden_size") ** 0.5,
     }

@@ -1,7 +1,7 @@
 """Gemma 3: Gemma 2 with normed queries and keys, and another RoPE in layers with a window.
 
-Its text models have a config of their own; in the others it is nested, and the weights stand beside
-those of a vision tower, which are left out.
+A text model has this config as it is. In the other models the config is nested, and the checkpoint
+has the weights of a vision tower too, which are left out.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     full, local = _ropes(hf)
     pattern = decoder.positive(hf, "sliding_window_pattern")
     windows = decoder.windows(hf, lambda layer: (layer + 1) % pattern != 0)
+    # Layers with a window rotate with a base and a scaling of their own.
     if windows:
         turned = rope.rope_arguments(local)
         windows["window_rope_theta"] = turned["rope_theta"]
@@ -30,13 +31,14 @@ def _ropes(hf: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     Transformers 5 writes a rotary dict for each type of layers; earlier versions `rope_scaling` for
     those without a window, and `rope_local_base_freq` for those with one.
     """
-    given = hf["rope_parameters"] or {}
-    right = all(isinstance(kind, dict | None) for kind in given.values())
-    if not right or given.keys() - {_FULL, _SLIDING}:
+    by_kind = hf["rope_parameters"] or {}
+    right = all(isinstance(kind, dict | None) for kind in by_kind.values())
+    if not right or by_kind.keys() - {_FULL, _SLIDING}:
         must = f"dicts under {_FULL!r} and {_SLIDING!r}"
-        raise ValueError(expected("rope_parameters", must, given, "give one to each"))
-    full = (given.get(_FULL) or {"rope_type": "default"}) | (hf["rope_scaling"] or {})
-    local = {"rope_parameters": given.get(_SLIDING), "rope_theta": hf["rope_local_base_freq"]}
+        raise ValueError(expected("rope_parameters", must, by_kind, "give one to each"))
+    # `rope_scaling` is the older spelling, and applies to layers without a window only.
+    full = (by_kind.get(_FULL) or {"rope_type": "default"}) | (hf["rope_scaling"] or {})
+    local = {"rope_parameters": by_kind.get(_SLIDING), "rope_theta": hf["rope_local_base_freq"]}
     return (
         hf | {"rope_scaling": None, "rope_parameters": full},
         hf | {"rope_scaling": None} | local,

@@ -39,6 +39,7 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
         "max_positions": hf["max_position_embeddings"],
         "window": hf["window_size"] if any(local) else None,
         "window_layers": local if any(local) else None,
+        # Not divided by the root of the head's width. Only the output has a bias.
         "attention_scale": 1.0,
         "out_bias": True,
         "activation": hf["activation_function"],
@@ -57,7 +58,7 @@ def _kinds(hf: dict[str, Any]) -> list[str]:
             if sum(times * len(kinds) for kinds, times in runs) == hf["num_layers"]:
                 layers = [kind for kinds, times in runs for _ in range(times) for kind in kinds]
         except (TypeError, ValueError):
-            pass
+            pass  # not pairs of kinds and a number: refused below
     if len(layers) != hf["num_layers"] or not all(kind in _KINDS for kind in layers):
         name = "attention_types" if hf["attention_layers"] is None else "attention_layers"
         must = f"'global' or 'local' for each of {hf['num_layers']} layers"

@@ -46,6 +46,7 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+# Each head's query, key and value stand together, head after head.
 _LAYER = "gpt_neox.layers.{l}."
 _RULES = (
     rule("gpt_neox.embed_in.weight", "V D -> V D", "w_e"),
@@ -62,6 +63,7 @@ _RULES = (
     rule(_LAYER + "mlp.dense_4h_to_h.weight", "D F -> F D", "blocks.mlp.w_out"),
     rule(_LAYER + "mlp.dense_4h_to_h.bias", "D -> D", "blocks.mlp.b_out"),
     *norm_rules("gpt_neox.final_layer_norm", "norm_final"),
+    # Checkpoints have either name.
     rule("embed_out.weight", "V D -> D V", "w_u"),
     rule("lm_head.weight", "V D -> D V", "w_u"),
 )  # fmt: skip

@@ -22,6 +22,7 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
         must, do = "absent, or of quant_method 'mxfp4'", "convert the weights to bfloat16"
         raise ValueError(expected("quantization_config", must, packed, do))
     turns = _YARN if hf["rope_parameters"] is None else hf["rope_parameters"]
+    # Gates are x sigmoid(1.702 x) in all models, whatever the config calls it.
     return {
         **decoder.llama_arguments(hf | {"rope_parameters": turns, "hidden_act": "quick_gelu"}),
         **decoder.windows(hf, lambda layer: layer % 2 == 0),
@@ -38,7 +39,7 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# Nothing of the experts is transposed, and gate and up take turns in their columns.
+# Experts are stored as they are multiplied, not transposed. Columns of gate and up alternate.
 _MOE = decoder.LAYER + "mlp."
 _RULES = (
     *decoder.END_RULES,

@@ -32,6 +32,7 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
         "norm_eps": hf["layer_norm_epsilon"],
         "positions": "rope",
         "max_positions": hf["n_positions"],
+        # The class has no field for it.
         "rope_theta": 10000.0,
         "rotary_dim": hf["rotary_dim"],
         "rope_interleaved": True,

@@ -10,6 +10,7 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
         "embed_scale": float(hf["embedding_multiplier"]),
         "attention_scale": float(hf["attention_multiplier"]),
         "residual_scale": float(hf["residual_multiplier"]),
+        # Granite divides the logits by its factor.
         "logit_scale": 1 / decoder.positive(hf, "logits_scaling"),
     }
 

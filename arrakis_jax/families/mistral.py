@@ -6,6 +6,7 @@ from arrakis_jax.families import decoder
 
 
 def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
+    # Null, and so no window, in later versions.
     return decoder.llama_arguments(hf) | {"window": hf["sliding_window"]}
 
 

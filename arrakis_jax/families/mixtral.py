@@ -22,6 +22,7 @@ _RULES = (
     *decoder.END_RULES,
     *decoder.ATTENTION_RULES,
     *decoder.NORM_RULES,
+    # w1 is the gate, w3 what it multiplies, w2 the output.
     rule(_MOE + "gate.weight", "E D -> D E", "blocks.moe.w_router"),
     rule(_MOE + "experts.{E}.w1.weight", "J D -> D J", "blocks.moe.w_gate"),
     rule(_MOE + "experts.{E}.w3.weight", "J D -> D J", "blocks.moe.w_in"),

@@ -6,6 +6,7 @@ from arrakis_jax.families import decoder
 
 
 def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
+    # The class has no field for epsilon.
     return decoder.llama_arguments(hf | {"rms_norm_eps": 1e-5}) | {
         "norm": "layernorm",
         "norm_gain": False,

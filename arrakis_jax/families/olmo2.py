@@ -13,6 +13,7 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
 _RULES = (
     *decoder.END_RULES,
     *decoder.ATTENTION_RULES,
+    # One norm over all heads at once, with a gain for each of their dimensions.
     rule(decoder.LAYER + "self_attn.q_norm.weight", "(H K) -> H K", "blocks.attn.norm_q.w"),
     rule(decoder.LAYER + "self_attn.k_norm.weight", "(G K) -> G K", "blocks.attn.norm_k.w"),
     rule(decoder.LAYER + "post_attention_layernorm.weight", "D -> D", "blocks.norm_attn_out.w"),

@@ -37,9 +37,11 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
         "norm_gain": hf["layer_norm_elementwise_affine"],
         "norm_bias": hf["layer_norm_elementwise_affine"],
         "norm_placement": "pre" if before else "stream_after",
+        # With norms on the stream itself, the last block's norm is the last one.
         "final_norm": before and not hf["_remove_final_layer_norm"],
         "positions": "learned",
         "max_positions": hf["max_position_embeddings"],
+        # The table begins with two rows that no position uses.
         "position_offset": 2,
         "qkv_bias": hf["enable_bias"],
         "out_bias": hf["enable_bias"],
@@ -50,7 +52,7 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# A layer's `final_layer_norm` is the norm of its MLP.
+# A layer's `final_layer_norm` is the norm of its MLP's input; the decoder's is the final norm.
 _LAYER = "model.decoder.layers.{l}."
 _RULES = (
     rule("model.decoder.embed_tokens.weight", "V M -> V M", "w_e"),

@@ -7,6 +7,7 @@ from arrakis_jax.families.base import norm_rules, rule
 
 
 def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
+    # The names under which Llama's function reads these; biases are everywhere.
     llama = hf | {"rms_norm_eps": hf["layer_norm_eps"], "attention_bias": True, "mlp_bias": True}
     return decoder.llama_arguments(llama) | {
         "norm": "layernorm",

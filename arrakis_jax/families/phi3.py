@@ -10,6 +10,7 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     return decoder.llama_arguments(hf) | {"window": hf["sliding_window"]}
 
 
+# The rows of all queries come first, then keys, then values; those of the gate before `w_in`.
 _RULES = (
     *decoder.END_RULES,
     *decoder.NORM_RULES,

@@ -6,6 +6,7 @@ from arrakis_jax.families import decoder
 
 
 def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
+    # Queries, keys and values always have biases, which no field of the class mentions.
     return decoder.llama_arguments(hf) | late_windows(hf) | {"qkv_bias": True}
 
 

@@ -11,7 +11,7 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
     experts = expert_arguments(hf)
     if "n_experts" in experts:
         experts["d_shared_expert"] = hf["shared_expert_intermediate_size"]
-    # Unlike in Qwen 2: every other one of the first layers.
+    # Unlike in Qwen 2, windows are in every other one of the first layers.
     used = hf["use_sliding_window"]
     windows = decoder.windows(
         hf | {"sliding_window": hf["sliding_window"] if used else None},
@@ -21,7 +21,7 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def expert_arguments(hf: dict[str, Any]) -> dict[str, Any]:
-    """What decides over MLPs and experts: every `decoder_sparse_step`-th layer has experts."""
+    """The arguments for MLPs and experts: every `decoder_sparse_step`-th layer has experts."""
     step, dense = decoder.positive(hf, "decoder_sparse_step"), hf["mlp_only_layers"] or ()
     n_layers = hf["num_hidden_layers"]
     if not all(type(layer) is int and 0 <= layer < n_layers for layer in dense):
@@ -46,6 +46,7 @@ def expert_arguments(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 _MOE = decoder.LAYER + "mlp."
+# Older files have a tensor for each expert; those of transformers 5 are in `decoder`.
 QWEN_EXPERT_RULES = (
     rule(_MOE + "experts.{E}.gate_proj.weight", "J D -> D J", "blocks.moe.w_gate"),
     rule(_MOE + "experts.{E}.up_proj.weight", "J D -> D J", "blocks.moe.w_in"),

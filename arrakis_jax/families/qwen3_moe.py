@@ -6,6 +6,7 @@ from arrakis_jax.families import decoder, qwen2_moe
 
 
 def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
+    # Unlike in Qwen 2 and 3, all layers have the window.
     window = hf["sliding_window"] if hf["use_sliding_window"] else None
     return (
         decoder.llama_arguments(hf)

@@ -7,15 +7,16 @@ from arrakis_jax.families import decoder
 
 
 def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
-    n_layers, given = hf["num_hidden_layers"], hf["no_rope_layers"]
+    n_layers, rotates = hf["num_hidden_layers"], hf["no_rope_layers"]
     interval = decoder.positive(hf, "no_rope_layer_interval")
     # Despite its name, `no_rope_layers` is 1 where a layer has RoPE.
-    if given is None:
-        given = [(layer + 1) % interval != 0 for layer in range(n_layers)]
-    if len(given) < n_layers or not all(use in (0, 1) for use in given):
+    if rotates is None:
+        rotates = [(layer + 1) % interval != 0 for layer in range(n_layers)]
+    if len(rotates) < n_layers or not all(use in (0, 1) for use in rotates):
         must = f"0 or 1 for each of {n_layers} layers"
-        raise ValueError(expected("no_rope_layers", must, given, "check both"))
-    turned = tuple(map(bool, given[:n_layers]))
+        raise ValueError(expected("no_rope_layers", must, rotates, "check both"))
+    # A list may be longer than the model; what is left over is not read.
+    turned = tuple(map(bool, rotates[:n_layers]))
     slides = hf["use_sliding_window"] and hf["sliding_window"] is not None
     windows = decoder.windows(hf, lambda layer: slides and not turned[layer])
     return decoder.llama_arguments(hf) | windows | {"rope_layers": None if all(turned) else turned}

@@ -17,6 +17,7 @@ def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 _ATTENTION = decoder.LAYER + "self_attn."
+# With normed queries and keys, each head's norm is a module of its own.
 _RULES = (
     *decoder.LLAMA_RULES,
     *decoder.NORM_BIAS_RULES,

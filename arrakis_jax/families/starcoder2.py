@@ -7,6 +7,7 @@ from arrakis_jax.families.base import rule
 
 
 def _arguments(hf: dict[str, Any]) -> dict[str, Any]:
+    # One field for all biases.
     bias = hf["use_bias"]
     llama = hf | {"rms_norm_eps": hf["norm_epsilon"], "attention_bias": bias, "mlp_bias": bias}
     return decoder.llama_arguments(llama) | {

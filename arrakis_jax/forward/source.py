@@ -19,7 +19,7 @@ from arrakis_jax.stream.padding import Padding, select_positions
 from arrakis_jax.stream.points import kept_tokens, point_fields
 from arrakis_jax.stream.residuals import ModelOutput, ResidualStream
 
-Step = Callable[[Any, Layer], tuple[Any, Any]]
+LayerStep = Callable[[Any, Layer], tuple[Any, Any]]
 
 
 At = Int[Array, "B N"] | tuple[int, ...] | None
@@ -96,7 +96,7 @@ class Source:
         model: Transformer,
         fields: tuple[str, ...],
         state: Any,
-        step: Step,
+        step: LayerStep,
         *,
         layers: tuple[int, ...] | None = None,
         at: At = None,
@@ -180,7 +180,7 @@ def over_captured(
     stream: ResidualStream,
     fields: tuple[str, ...],
     state: Any,
-    step: Step,
+    step: LayerStep,
     layers: tuple[int, ...] | None = None,
 ) -> Walked:
     """A walk over layers that were captured: no layer is run again."""

@@ -209,12 +209,8 @@ def _routes(
     edges: int,
 ) -> FlowRoutes:
     config = model.config
-    fields = (
-        *BROUGHT_FIELDS,
-        "mlp_out",
-        "final",
-        *(("norm_mlp_scale",) if config.norms_stream else ()),
-    )
+    fields = (*BROUGHT_FIELDS, "mlp_out", "final")
+    fields = (*fields, "norm_mlp_scale") if config.norms_stream else fields
     _, walked = source.over_layers(
         model, fields, None, lambda _, layer: (None, _edges(model, layer, edges))
     )

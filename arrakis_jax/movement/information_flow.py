@@ -117,19 +117,24 @@ def information_flow(
     if not isinstance(layers, bool | np.bool_):
         do = "only that decides what is returned"
         raise TypeError(expected("layers", "True or False", repr(layers), do))
-    # Targets that a method does not read would be ignored silently.
-    if (targets is not None) != (method in TO_LOGITS) or (targets is None and against is not None):
-        name = "targets" if targets is not None or method in TO_LOGITS else "against"
-        must = "token ids" if method in TO_LOGITS else "None"
-        got = "None" if targets is None and name == "targets" else "token ids"
-        do = f"only {TO_LOGITS} contribute to a logit"
-        raise ValueError(expected(name, f"{must} with method={method!r}", got, do))
+    _check_targets(method, targets, against)
     source = source_of(model, tokens, mask, check=check, batch=True)
     ids = [
         None if x is None else _ids(model, x, source.shape, name, check)
         for name, x in (("targets", targets), ("against", against))
     ]
     return _flow(model, source, *ids, method=method, layers=bool(layers))
+
+
+def _check_targets(method: str, targets: Any, against: Any) -> None:
+    """Raises for targets that a method would not read, and where it misses them."""
+    reads = method in TO_LOGITS
+    for name, ids in (("targets", targets), ("against", against)):
+        missing = reads and name == "targets" and ids is None
+        if missing or (ids is not None and not reads):
+            must = f"{'token ids' if reads else 'None'} with method={method!r}"
+            got, do = "None" if missing else "token ids", f"only {TO_LOGITS} contribute to a logit"
+            raise ValueError(expected(name, must, got, do))
 
 
 def _ids(model: Transformer, ids: Any, shape: tuple[int, ...], name: str, check: bool) -> Array:

@@ -1,9 +1,9 @@
 """The effects of patches: a number for each cell and example, with their labels and meaning."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from arrakis_jax.core.checks import checked_choice, checked_count
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract
 from arrakis_jax.patching.pairs import PER_HEAD, as_names
+from arrakis_jax.results.labels import LazyLabels
+from arrakis_jax.results.ranking import Top, top
 from arrakis_jax.results.record import ABSENT, Record
 from arrakis_jax.results.table import Table
 from arrakis_jax.stream.fields import UNSTACKED
@@ -46,7 +48,7 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cells(Sequence):
+class Cells(LazyLabels[Cell]):
     """The cells of a sweep, site after site, in the order of the effects' axes.
 
     A cell is made when it is asked for: a sweep over neurons has millions.
@@ -66,37 +68,15 @@ class Cells(Sequence):
     def __len__(self) -> int:
         return sum(prod(shape) for _, shape in self.shapes)
 
-    @overload
-    def __getitem__(self, i: int) -> Cell: ...
-
-    @overload
-    def __getitem__(self, i: slice) -> tuple[Cell, ...]: ...
-
-    def __getitem__(self, i: int | slice) -> Cell | tuple[Cell, ...]:
-        """The cell of effect `i`, or those of a slice."""
-        if isinstance(i, slice):
-            return tuple(self[j] for j in range(*i.indices(len(self))))
-        if not -len(self) <= i < len(self):
-            raise IndexError(expected("i", f"in [{-len(self)}, {len(self)})", i, "see len()"))
+    def _label(self, i: int) -> Cell:
         # Sites have different shapes, so their cells are counted off one site after another.
-        i = int(i) % len(self)
         for site, shape in self.shapes:
             if i < prod(shape):
-                where = np.unravel_index(i, shape) if shape else ()
+                indices = np.unravel_index(i, shape) if shape else ()
                 axes = axes_of(site, self.over)
-                return Cell(site, **dict(zip(axes, map(int, where), strict=True)))
+                return Cell(site, **dict(zip(axes, map(int, indices), strict=True)))
             i -= prod(shape)
         raise AssertionError("cells do not cover their own length")
-
-    def __iter__(self) -> Iterator[Cell]:
-        return (self[i] for i in range(len(self)))
-
-
-class TopEffects(NamedTuple):
-    """The largest effects by absolute value: `value [k,B]`, and `index [k,B]` in the labels."""
-
-    value: Array
-    index: Array
 
 
 class MeanEffects(NamedTuple):
@@ -123,9 +103,9 @@ class Effects(Record):
         """All effects as `[C,B]`."""
         return self.effects.reshape(-1, self.effects.shape[-1])
 
-    def top(self, k: int) -> TopEffects:
+    def top(self, k: int) -> Top:
         """The k effects of largest absolute value of each example, `[k,B]`."""
-        return top_of(self.terms, k)
+        return top(self.terms, k)
 
     def mean(self, *, interval: float = 0.95, draws: int = 1000, seed: int = 0) -> MeanEffects:
         """The mean over examples, and a percentile bootstrap interval of it.
@@ -214,34 +194,27 @@ class PatchEffects(Effects):
 
         Columns: cell, site, one for each axis of `over`, row, effect.
         """
-        columns = ("cell", "site", *self.over, "row", "effect")
-        table = Table({name: [] for name in columns})
-        for which, row, value in effect_rows(self.terms, k):
-            cell = self.labels[which]
-            where = (getattr(cell, axis) for axis in self.over)
-            for name, entry in zip(
-                columns, (str(cell), cell.site, *where, row, value), strict=True
-            ):
-                table[name].append(entry)
-        return table
+        cells = self.labels
 
+        def rows() -> Iterator[tuple]:
+            for i, row, value in effect_rows(self.terms, k):
+                cell = cells[i]
+                where = (getattr(cell, axis) for axis in self.over)
+                yield (str(cell), cell.site, *where, row, value)
 
-def top_of(terms: Float[Array, "C B"], k: int, there: Any = None) -> TopEffects:
-    """The k terms of largest absolute value, for each example; only among those that are there."""
-    checked_count("k", k, terms.shape[0] if there is None else int(there.sum()))
-    # -1 for a term that is not there, so that even a zero comes before it.
-    size = jnp.abs(terms) if there is None else jnp.where(there[:, None], jnp.abs(terms), -1)
-    index = jax.lax.top_k(size.T, k)[1].T
-    return TopEffects(jnp.take_along_axis(terms, index, 0), index)
+        return Table.of_rows(("cell", "site", *self.over, "row", "effect"), rows())
 
 
 def effect_rows(
     terms: Float[Array, "C B"], k: int | None, there: Any = None
 ) -> Iterator[tuple[int, int, float]]:
-    """Each term's number, its example and its value, example after example; or the k largest."""
+    """Each term's number, its example and its value, example after example.
+
+    Or the k largest of each example, and with `there [C]` only the terms that are there.
+    """
+    every = np.arange(terms.shape[0]) if there is None else np.flatnonzero(there)
+    index = None if k is None else np.asarray(top(terms, k, among=there, most=every.size).index)
     values = np.asarray(terms)  # once: an array's own indexing dispatches for each entry
-    index = None if k is None else np.asarray(top_of(terms, k, there).index)
-    every = range(values.shape[0]) if there is None else np.flatnonzero(there)
     for row in range(values.shape[1]):
         for i in every if index is None else index[:, row]:
             yield int(i), row, float(values[i, row])

@@ -104,9 +104,9 @@ class _Sweep:
     def layer(
         self, cotangents: tuple[Array, Array], place: Place, xs: tuple
     ) -> tuple[tuple[Array, Array], tuple[_BySite, _BySite]]:
-        """The cotangents before a block, from those behind it.
+        """From the cotangents behind a block to those before it, with its nodes' effects.
 
-        And its nodes' effects, with their absolute values summed over the runs.
+        The effects are the base run's, and their absolute values summed over the other runs.
         """
         base_BTD, runs_NBTD = cotangents
         acc, index = self.model.config.acc, place.index

@@ -66,14 +66,14 @@ def checked_pair(
     return Pair(*pair, real)
 
 
-def as_names(argument: str, given: Any) -> tuple[str, ...]:
+def as_names(argument: str, names: Any) -> tuple[str, ...]:
     """One name or several, as a tuple; TypeError for anything else."""
-    if isinstance(given, str):
-        return (given,)
-    if not isinstance(given, Iterable):
+    if isinstance(names, str):
+        return (names,)
+    if not isinstance(names, Iterable):
         do = "name one, or several in a tuple"
-        raise TypeError(expected(argument, "a name or names", repr(given), do))
-    return tuple(given)
+        raise TypeError(expected(argument, "a name or names", repr(names), do))
+    return tuple(names)
 
 
 def checked_sites(config: ModelConfig, sites: Any, *, known: tuple[str, ...] = SITES) -> tuple:

@@ -1,6 +1,5 @@
 """Exact activation patching of every cell: each layer, position, head or neuron by itself."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -9,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from arrakis_jax.attribution.chunks import in_chunks
 from arrakis_jax.core.axes import Array, Float
 from arrakis_jax.core.checks import Mask, Tokens, checked_count
 from arrakis_jax.forward.run import compiled
@@ -276,12 +276,3 @@ def site_axis(site: str, axis: str) -> int:
     if site == "pattern":
         return {"head": 1, "position": 2}[axis]
     return 1 if axis == "position" else 2
-
-
-def in_chunks(function: Callable, n: int, most: int) -> Float[Array, "N ..."]:
-    """`function(0)` to `function(n - 1)`, at most `most` at a time, in chunks of equal size."""
-    rounds = -(-n // most)
-    # Numbers from n on fill up the last chunk, and are cut off.
-    index = jnp.arange(rounds * -(-n // rounds)).reshape(rounds, -1)
-    values = jax.lax.map(jax.vmap(function), index)
-    return values.reshape(-1, *values.shape[2:])[:n]

@@ -149,6 +149,8 @@ class Labels(LazyLabels[Label]):
     def _label(self, i: int) -> Label:
         if i < len(self.first):
             return Label(None, self.first[i])
+        # `rest` counts the terms before `i`, as if the first layer were whole. Whole segments are
+        # taken off it, then whole layers, then kinds.
         rest = i - len(self.first) + self.skipped
         for segment in self.segments:
             if rest >= len(segment.layers) * segment.per_layer:
@@ -163,6 +165,7 @@ class Labels(LazyLabels[Label]):
 
     def check(self, kind: str) -> None:
         """Raises ValueError unless some layer has this kind."""
+        # A dict keeps the order of the model, which a set would lose.
         kinds = tuple({k.name: None for segment in self.segments for k in segment.kinds})
         if kind not in kinds:
             raise ValueError(f"`kind` must be one of {kinds}, got {kind!r}; choose another `by`")

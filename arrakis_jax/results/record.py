@@ -5,7 +5,9 @@ from typing import Any
 
 
 class Record:
-    """A dataclass that prints the shapes of its arrays, and not their values."""
+    """A dataclass that prints the shapes of its arrays instead of their values."""
+
+    # Values may be gigabytes on a device, or traced; shapes are always at hand.
 
     def __repr__(self) -> str:
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # pyright: ignore
@@ -14,6 +16,7 @@ class Record:
 
 
 def _shown(value: Any) -> str:
+    # A field with a part for each segment of layers prints the shape of each part.
     if isinstance(value, tuple) and any(
         isinstance(v, Record) or hasattr(v, "shape") for v in value
     ):

@@ -40,6 +40,7 @@ class TermValues(Record):
             raise ValueError(expected("labels", "of whole layers", "a layer that is cut", do))
         terms_by_segment, start = [], len(labels.first)
         for segment in labels.segments:
+            # The terms of a segment are [layer, term of the layer], flattened.
             size, columns = len(segment.layers) * segment.per_layer, segment.offsets(kind)
             if columns:
                 terms = self.terms[start : start + size]

@@ -10,7 +10,7 @@ from arrakis_jax.stream.fields import FIELDS, SCALES, STREAM
 
 @dataclass(frozen=True)
 class Capture:
-    """What a forward returns, selected inside it.
+    """What a forward returns; the selection is made inside the forward.
 
     Attributes:
         fields: names of ResidualStream fields, and "logits".

@@ -1,4 +1,4 @@
-"""Edits: what a forward does to its own activations, as data.
+"""Edits: changes that a forward makes to its own activations, as data.
 
 An edit is a pytree (arrays and indices are leaves, so that vmap sweeps over them without
 recompiling) and a function `(site, layer, value) -> value`. A forward calls every edit at every
@@ -32,34 +32,34 @@ def _axes(site: str) -> tuple[int, int]:
 def _rank(site: str, config: ModelConfig) -> int:
     """How many axes a site's value has, without L."""
     if site in SCALES:
-        return (
-            3 if site in ("norm_q_scale", "norm_k_scale") and config.qk_norm != "all_heads" else 2
-        )
+        by_head = site in ("norm_q_scale", "norm_k_scale") and config.qk_norm != "all_heads"
+        return 3 if by_head else 2
     return 4 if site in HEAD_SITES or (site == "mlp_act" and config.n_experts) else 3
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of the value at one site; several are made in the order given.
+    """A change of the value at one site; a forward makes several edits in the order given.
 
-    What is selected is changed at real tokens. Values and indices may be traced: a `vmap` sweeps
-    over them. (A traced layer or head that the model does not have selects nothing.)
+    Only real tokens are changed. Values and indices may be traced, so that `vmap` sweeps over them.
+    A traced layer or head that the model does not have selects nothing.
 
     Attributes:
-        site: the name of a ResidualStream field, or "resid_post". `q`, `k`, `v`, `z` and `pattern`
-            have heads. Or a reader's input: "q_in" `[B,T,H,D]`, "k_in" and "v_in" `[B,T,G,D]` and
-            "mlp_in" `[B,T,D]` are the stream as one head or the MLP reads it, before its norm.
-        value: what the change needs; it broadcasts to what is selected: the site's value
+        site: the name of a ResidualStream field, or "resid_post"; or a reader's input: "q_in"
+            `[B,T,H,D]`, "k_in" and "v_in" `[B,T,G,D]` and "mlp_in" `[B,T,D]` are the stream as one
+            head or the MLP reads it, before its norm. `q`, `k`, `v`, `z`, `pattern` and the inputs
+            of heads have a head axis.
+        value: the operand of the change. It broadcasts to the selected part: the site's value,
             without the head axis if `head` is given and without the position axis if `position`
-            is given (or to the site's whole value). In a model of several segments, at sites whose
-            values differ between them (mlp_act, shared_act, router): a tuple, one for each segment,
-            None where nothing is changed.
+            is given. It may also broadcast to the site's whole value. At mlp_act, shared_act and
+            router, in a model of several segments: a tuple with one value for each segment, None
+            where nothing is changed.
         layer: the layer to change, or None for every layer; an int in [-L, L) or a traced scalar.
         head: the head to change (key/value head at "k", "v", "k_in" and "v_in"), or None for every
             head.
-        position: the position to change, counted in real tokens (-1 is each row's last), an int
-            or one for each row `[B]`, or None for every position. A row that has no such token is
-            left as it is.
+        position: the position to change, counted in real tokens (-1 is each row's last): an int,
+            or one for each row `[B]`, or None for every position. A row that has no such position
+            stays as it is.
     """
 
     site: str = field(metadata={"static": True})
@@ -83,21 +83,20 @@ class Edit:
         return replace(self, layer=layer, position=position)
 
     def of_segment(self, i: int, layers: range, n_layers: int) -> "Edit | None":
-        """The edit in one of several segments of layers; None if it has no value there.
-
-        At sites whose values differ between segments, a value may be a tuple, one for each.
-        """
+        """The edit in segment `i`, which has these layers; None if it has no value there."""
         if self.site not in SEGMENTED or not isinstance(self.value, tuple):
             return self
         value = self.value[i]
         return None if value is None else replace(self, value=value)
 
     def __call__(self, site: str, layer: Int[Array, ""] | None, value: Array) -> Array:
-        """The value with the change made where this edit selects it."""
+        """The site's value, changed where this edit selects it."""
         if site != self.site:
             return value
         at_position, at_head = _axes(site)
+        # The axes that the operand may leave out, since the edit selects one index of them.
         removed = [at_position] if self.position is not None else []
+        # Layer, head and position may be traced, so all is changed, and a mask selects.
         select = jnp.ones((1,) * value.ndim, bool)
         if self.layer is not None and layer is not None:
             select &= layer == self.layer
@@ -123,11 +122,11 @@ class Edit:
     def change(self, value: Array, layer: Int[Array, ""] | None, removed: list[int]) -> Array:
         """The changed value, before it is restricted to the selection."""
 
-    def operand(self, value: Array, removed: list[int], given: Any = None) -> Array:
-        """`given` (or `self.value`), shaped to broadcast against the site's value."""
-        operand = jnp.asarray(self.value if given is None else given).astype(value.dtype)
+    def operand(self, value: Array, removed: list[int]) -> Array:
+        """`self.value`, shaped to broadcast against the site's value."""
+        operand = jnp.asarray(self.value).astype(value.dtype)
         missing = value.ndim - len(removed) - operand.ndim
-        if missing < 0:  # it has the site's own rank
+        if missing < 0:  # it has the rank of the site's whole value
             return operand
         return jnp.expand_dims(operand.reshape((1,) * missing + operand.shape), removed)
 
@@ -168,13 +167,15 @@ class Scale(Edit):
 class Project(Edit):
     """Projects the selected value off one direction `[D]` or the span of several `[N,D]`.
 
-    What is left is orthogonal to every direction. The directions need be neither orthogonal, nor
-    of unit length, nor linearly independent.
+    The result is orthogonal to every direction. The directions need be neither orthogonal, nor of
+    unit length, nor linearly independent.
     """
 
     def change(self, value, layer, removed):  # noqa: D102
         acc = jnp.promote_types(value.dtype, jnp.float32)
         directions_ND = jnp.atleast_2d(jnp.asarray(self.value)).astype(acc)
+        # An SVD, and not QR: directions that depend on others add singular values of rounding size,
+        # which are dropped.
         basis_DN, size_N, _ = jnp.linalg.svd(directions_ND.T, full_matrices=False)
         rounding = max(directions_ND.shape) * jnp.finfo(acc).eps * size_N[0]
         basis_DN = jnp.where((size_N > rounding)[None], basis_DN, 0)
@@ -188,8 +189,8 @@ class Project(Edit):
 class Replace(Edit):
     """Puts the activations of another run in place: activation patching.
 
-    `value` is the captured field of that run at all layers, `[L,B,T,...]`, of which each layer
-    takes its own; or what `Set` takes: `[B,T,...]` for `embed` and `final` or for one layer.
+    `value` is the captured field of that run at all layers, `[L,B,T,...]`: each layer takes its own
+    entry. Or it is as for `Set`: `[B,T,...]` for `embed` and `final`, or for one layer.
     """
 
     def bind(self, config, position_BT, count_B):  # noqa: D102
@@ -204,74 +205,81 @@ class Replace(Edit):
         return super().bind(config, position_BT, count_B)
 
     def of_segment(self, i, layers, n_layers):  # noqa: D102
-        own = super().of_segment(i, layers, n_layers)
-        if own is None or own is self:
-            return own
-        value = jnp.asarray(own.value)
+        edit = super().of_segment(i, layers, n_layers)
+        if edit is None or edit is self:
+            return edit
+        value = jnp.asarray(edit.value)
         if value.ndim == 0 or value.shape[0] != len(layers):
-            return own
-        # Its layers at their place among all, where `change` looks for them.
+            return edit
+        # `change` indexes by the layer among all, so the segment's entries go to these places.
         around = (layers.start, n_layers - layers.stop)
-        return replace(own, value=jnp.pad(value, [around] + [(0, 0)] * (value.ndim - 1)))
+        return replace(edit, value=jnp.pad(value, [around] + [(0, 0)] * (value.ndim - 1)))
 
     def change(self, value, layer, removed):  # noqa: D102
         other = jnp.asarray(self.value)
-        if self.site not in UNSTACKED and other.ndim == value.ndim + 1:
-            other = jax.lax.dynamic_index_in_dim(other, layer, keepdims=False)
-        return self.operand(value, removed, other)
+        if self.site in UNSTACKED or other.ndim <= value.ndim:
+            return self.operand(value, removed)
+        of_layer = jax.lax.dynamic_index_in_dim(other, layer, keepdims=False)
+        return replace(self, value=of_layer).operand(value, removed)
 
 
 def check_edits(edits: tuple, config: ModelConfig, n_rows: int, longest: int) -> None:
-    """Raises for a site that the model does not have, and for what an edit cannot select.
+    """Raises for a site that the model does not have, and for an index that an edit cannot select.
 
-    `longest` is the number of real tokens of the longest of the rows.
+    `longest` is the number of real tokens of the longest row.
     """
+    absent = lacking(config)
+    absent += ("mlp_in",) if "mlp_out" in absent else ()
+    sites = tuple(site for site in EDIT_SITES if site not in absent)
     for edit in edits:
-        if not isinstance(edit, Edit):
-            if not callable(edit):
-                do = "pass a tuple of Set, Add, Scale, Project, Replace or functions"
-                raise TypeError(expected("edits", "made of edits", repr(edit), do))
-            continue
-        absent = lacking(config)
-        absent += ("mlp_in",) if "mlp_out" in absent else ()
-        sites = tuple(site for site in EDIT_SITES if site not in absent)
-        if edit.site not in sites:
-            do = "the model has no others"
-            raise ValueError(expected("site", f"one of {sites}", repr(edit.site), do))
-        if edit.site in UNSTACKED and edit.layer is not None:
-            got, do = edit.layer, "it is outside of the layers"
-            raise ValueError(expected("layer", f"None at site {edit.site!r}", got, do))
-        if edit.head is not None and edit.site not in HEAD_SITES:
-            do = "use site 'z' for a head's output"
-            raise ValueError(expected("head", f"None at site {edit.site!r}", edit.head, do))
-        if isinstance(edit.value, tuple) and edit.site in SEGMENTED:
-            n = len(config.segments)
-            if len(edit.value) != n:
-                must, got = f"an array, or a tuple of {n}, one for each segment", len(edit.value)
-                do = "config.segments lists the segments"
-                raise ValueError(expected("value", must, f"{got} values", do))
-        n_heads = config.n_kv_heads if edit.site in KV_SITES else config.n_heads
-        _check_index("layer", edit.layer, -config.n_layers, config.n_layers)
-        _check_index("head", edit.head, 0, n_heads)
-        _check_index("position", edit.position, -longest, longest, n_rows)
-        parts = jax.tree.leaves(edit.value)
-        arrays = [x if isinstance(x, jax.Array) else np.asarray(x) for x in parts]
-        if not arrays or any(x.dtype.kind in "OUS" for x in arrays):
-            do = "give what is set, added, multiplied, projected off or put in place"
-            raise TypeError(expected("value", "numbers", repr(edit.value), do))
+        if isinstance(edit, Edit):
+            _check_site(edit, sites)
+            n_heads = config.n_kv_heads if edit.site in KV_SITES else config.n_heads
+            _check_index("layer", edit.layer, -config.n_layers, config.n_layers)
+            _check_index("head", edit.head, 0, n_heads)
+            _check_index("position", edit.position, -longest, longest, n_rows)
+            _check_value(edit, len(config.segments))
+        elif not callable(edit):
+            do = "pass a tuple of Set, Add, Scale, Project, Replace or functions"
+            raise TypeError(expected("edits", "made of edits", repr(edit), do))
 
 
-def _check_index(name: str, given: Any, low: int, high: int, n_rows: int | None = None) -> None:
-    """Raises unless it is None or an integer in [low, high); with `n_rows`, or one a row."""
-    if given is None:
+def _check_site(edit: Edit, sites: tuple[str, ...]) -> None:
+    if edit.site not in sites:
+        do = "the model has no others"
+        raise ValueError(expected("site", f"one of {sites}", repr(edit.site), do))
+    if edit.site in UNSTACKED and edit.layer is not None:
+        must, do = f"None at site {edit.site!r}", "it is outside of the layers"
+        raise ValueError(expected("layer", must, edit.layer, do))
+    if edit.head is not None and edit.site not in HEAD_SITES:
+        do = "use site 'z' for a head's output"
+        raise ValueError(expected("head", f"None at site {edit.site!r}", edit.head, do))
+
+
+def _check_value(edit: Edit, n_segments: int) -> None:
+    by_segment = isinstance(edit.value, tuple) and edit.site in SEGMENTED
+    if by_segment and len(edit.value) != n_segments:
+        must = f"an array, or a tuple of {n_segments}, one for each segment"
+        do = "config.segments lists the segments"
+        raise ValueError(expected("value", must, f"{len(edit.value)} values", do))
+    parts = jax.tree.leaves(edit.value)
+    arrays = [x if isinstance(x, jax.Array) else np.asarray(x) for x in parts]
+    if not arrays or any(x.dtype.kind in "OUS" for x in arrays):
+        do = "give what is set, added, multiplied, projected off or put in place"
+        raise TypeError(expected("value", "numbers", repr(edit.value), do))
+
+
+def _check_index(name: str, index: Any, low: int, high: int, n_rows: int | None = None) -> None:
+    """Raises unless it is None or an integer in [low, high); with `n_rows`, or one for each row."""
+    if index is None:
         return
-    array = given if isinstance(given, jax.Array) else np.asarray(given)
+    array = index if isinstance(index, jax.Array) else np.asarray(index)
     shapes = ((),) if n_rows is None else ((), (n_rows,))
     if array.shape not in shapes or not jnp.issubdtype(array.dtype, jnp.integer):
         must = "an integer" if n_rows is None else f"an integer, or one for each of {n_rows} rows"
         do = "use an edit for each, or leave it out to select all"
-        raise TypeError(expected(name, must, repr(given), do))
+        raise TypeError(expected(name, must, repr(index), do))
     values = host(array)
     if values is not None and not ((low <= values) & (values < high)).all():
         do = "positions count real tokens" if n_rows else f"the model has {high} of them"
-        raise IndexError(expected(name, f"in [{low}, {high})", given, do))
+        raise IndexError(expected(name, f"in [{low}, {high})", index, do))

@@ -1,10 +1,10 @@
-"""The names of the fields of a residual stream, and which a model lacks."""
+"""The names of the fields of a residual stream, and which of them a model lacks."""
 
 from arrakis_jax.core.config import ModelConfig
 
 # Fields without an L axis; the others have it first.
 UNSTACKED = ("embed", "final", "norm_final_scale")
-ABOUT = ("tokens", "mask")
+INPUT_FIELDS = ("tokens", "mask")
 STREAM = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "final")
 SCALES = (
     "norm_attn_scale", "norm_attn_out_scale", "norm_mlp_scale", "norm_mlp_out_scale",
@@ -14,18 +14,20 @@ MLP_FIELDS = ("mlp_out", "mlp_act", "norm_mlp_scale", "norm_mlp_out_scale")
 MOE_FIELDS = ("shared_act", "router", "routing")
 INTERNAL = ("q", "k", "v", "pattern", "z", "mlp_act", "shared_act", "router")
 FIELDS = (*STREAM, *SCALES, *INTERNAL, "routing")
-# Fields that segments of layers may have or not, or in other shapes: then a tuple, one for each.
+# Fields whose shape may differ between segments of layers, or that a segment may lack. In a model
+# of several segments they are tuples, with one entry for each.
 SEGMENTED = ("mlp_act", *MOE_FIELDS)
-# What one reader of the stream reads, before its norm: sites of edits, at which every query, key
-# and value head, and the MLP, has an input of its own.
+# Sites of edits, at which every query, key and value head, and the MLP, has its own copy of the
+# stream that it reads, before its norm.
 READERS = ("q_in", "k_in", "v_in", "mlp_in")
-# The sites whose values together are the field "routing".
+# The parts of the field "routing", and the site of each.
 ROUTING_SITES = {"index": "routing_index", "weight": "routing_weight", "shared": "shared_gate"}
 
 
 def lacking(config: ModelConfig) -> tuple[str, ...]:
     """The fields of a residual stream that a model of this config does not have."""
     place = config.norm_placement
+    # Names, and whether the model has them. A field is there only if all its rows say so.
     rules = (
         (MLP_FIELDS, config.any_mlp),
         (MOE_FIELDS, config.n_experts > 0),

@@ -1,6 +1,5 @@
 """The residual stream of a forward, as a plain pytree."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from arrakis_jax.core.axes import Array, Bool, Float, Int
 from arrakis_jax.core.errors import NotCapturedError, expected
 from arrakis_jax.results.record import ABSENT, Record
 from arrakis_jax.stream.capture import DEFAULT_CAPTURE
-from arrakis_jax.stream.fields import ABOUT, FIELDS, SCALES, UNSTACKED
+from arrakis_jax.stream.fields import FIELDS, INPUT_FIELDS, SCALES, UNSTACKED
 from arrakis_jax.stream.padding import Padding, select_positions
 
 
@@ -23,9 +22,9 @@ class Routing(Record):
     """Where a mixture-of-experts layer sends each token.
 
     Attributes:
-        index: `[L,B,T,k]`, its experts, those of larger weight first; 0 at padding.
-        weight: `[L,B,T,k]`, what each expert's output is multiplied by.
-        shared: `[L,B,T]`, what the shared expert's output is multiplied by; None without one.
+        index: `[L,B,T,k]`, the token's experts, the one of largest weight first; 0 at padding.
+        weight: `[L,B,T,k]`, the factor on each expert's output.
+        shared: `[L,B,T]`, the factor on the shared expert's output; None without one.
     """
 
     index: Int[Array, "L B T k"]
@@ -38,20 +37,21 @@ class Routing(Record):
 class ResidualStream(Record):
     """The residual stream of one forward pass, as a plain pytree.
 
-    At every layer `resid_mid = resid_pre + attn_out` and `resid_post = resid_mid + mlp_out` (in a
-    parallel block, which has no resid_mid, `resid_post = resid_pre + attn_out + mlp_out`; where
-    norms are applied to the stream itself see `decompose`).
-    Everything is zero at padding, except norm scales, which are one there. A field that was not
-    captured is None. The leading axis L runs over `layers` (all of them when that is None), the
-    axis T over `positions` (counted in real tokens; all when None). In a model with several
-    segments of layers (some with experts, some without), `mlp_act`, `shared_act`, `router` and
-    `routing` are tuples, one entry a segment, each with its own layers.
+    At every layer `resid_mid = resid_pre + attn_out` and `resid_post = resid_mid + mlp_out`. A
+    parallel block has no resid_mid: there `resid_post = resid_pre + attn_out + mlp_out`. Where
+    norms are applied to the stream itself, see `decompose`.
+
+    At padding everything is zero, except norm scales, which are one. A field that was not captured
+    is None. The leading axis L runs over `layers` (all if that is None), the axis T over
+    `positions` (counted in real tokens; all if None). In a model with several segments of layers
+    (some with experts, some without), `mlp_act`, `shared_act`, `router` and `routing` are tuples:
+    one entry for each segment, with that segment's layers.
 
     Attributes:
         embed: `[B,T,D]`, token embedding plus learned position embedding.
         resid_pre: `[L,B,T,D]`, the stream entering each block.
-        attn_out: `[L,B,T,D]`, what attention writes to the stream: output bias, norms of the
-            output and multipliers included.
+        attn_out: `[L,B,T,D]`, what attention writes to the stream, with the output bias, the norm
+            of the output and multipliers.
         resid_mid: `[L,B,T,D]`, the stream between attention and MLP; None in parallel blocks.
         mlp_out: `[L,B,T,D]`, what the MLP writes; None in attention-only models.
         final: `[B,T,D]`, the stream before the final norm.
@@ -68,16 +68,17 @@ class ResidualStream(Record):
         pattern: `[L,B,H,T,S]`, attention probabilities; with attention sinks a row sums to less
             than one.
         z: `[L,B,T,H,K]`, attention-weighted values of each head.
-        mlp_act: `[L,B,T,F]`, what multiplies `w_out`; with experts `[L,B,T,k,F]`.
-        shared_act: `[L,B,T,F]`, what multiplies the shared expert's `w_out`.
+        mlp_act: `[L,B,T,F]`, the MLP's activations, which multiply `w_out`; with experts
+            `[L,B,T,k,F]`.
+        shared_act: `[L,B,T,F]`, the shared expert's activations.
         router: `[L,B,T,E]`, the router's scores before softmax.
         routing: the experts of each token and their weights.
         tokens: `[B,T]`, the token ids.
         mask: `[B,T]` bool, True at real tokens.
         layers: the layers held, ascending, or None for all.
         positions: the positions held, or None for all.
-        lacks: the fields that the model itself does not have, such as an MLP's.
-        normed: whether norms are applied to the stream itself, which then is no plain sum.
+        lacks: the fields that the model does not have, such as an MLP's.
+        normed: whether norms are applied to the stream itself, which then is not a plain sum.
     """
 
     embed: Float[Array, "B T D"] = ABSENT
@@ -111,7 +112,7 @@ class ResidualStream(Record):
 
     @property
     def resid_post(self) -> Float[Array, "L B T D"]:
-        """`[L,B,T,D]`, the stream leaving each block: the next `resid_pre`, and `final` last."""
+        """`[L,B,T,D]`, the stream leaving each block: the next `resid_pre`, or `final`."""
         self.need("resid_pre", "final", all_layers=True)
         return jnp.concatenate([self.resid_pre[1:], self.final[None]])
 
@@ -123,7 +124,10 @@ class ResidualStream(Record):
         return getattr(self, name)[row]
 
     def need(self, *names: str, all_layers: bool = False, all_positions: bool = False) -> None:
-        """Raises NotCapturedError unless every named field is here, for all layers if asked."""
+        """Raises NotCapturedError unless every named field is captured, for all layers if asked.
+
+        A field that the model itself does not have is not missing.
+        """
         missing = [n for n in names if getattr(self, n) is None and n not in self.lacks]
         if missing:
             usual = "'residuals' or " if set(names) <= set(DEFAULT_CAPTURE.fields) else ""
@@ -131,12 +135,12 @@ class ResidualStream(Record):
                 f"`residuals` must be captured with {missing}, got a stream without; "
                 f"run the model with capture={tuple(names)!r}, or {usual}'all'"
             )
-        for what, wanted in (("layers", all_layers), ("positions", all_positions)):
-            held = getattr(self, what)
-            if wanted and held is not None:
+        for axis, wanted in (("layers", all_layers), ("positions", all_positions)):
+            captured = getattr(self, axis)
+            if wanted and captured is not None:
                 raise NotCapturedError(
-                    f"`residuals` must be captured at all {what}, got only {held}; "
-                    f"run the model with {what}=None in its Capture"
+                    f"`residuals` must be captured at all {axis}, got only {captured}; "
+                    f"run the model with {axis}=None in its Capture"
                 )
 
     def at(
@@ -144,8 +148,8 @@ class ResidualStream(Record):
     ) -> "ResidualStream":
         """The stream at these positions, counted in real tokens; zero where a row has none.
 
-        Every field but those named in `whole` has N in place of T, `tokens` and `mask` too. Works
-        with or without a batch.
+        Every field has N in place of T, `tokens` and `mask` too, except the fields named in
+        `whole`. Works with or without a batch.
         """
         self.need("mask")
         static = positions if isinstance(positions, tuple) else None
@@ -158,10 +162,11 @@ class ResidualStream(Record):
                     f"`position` must be one of those captured, {self.positions}, got "
                     f"{positions}; run the model with positions=None in its Capture"
                 )
+            # The fields hold some positions, so a position's place is its place among those.
             chosen = jnp.array([self.positions.index(p) for p in static], int)
             column = jnp.broadcast_to(chosen, index.shape)
         picked = self.picked(column, valid, whole=whole)
-        if self.tokens is not None:
+        if self.tokens is not None:  # of all columns, whichever positions the fields hold
             picked = replace(picked, tokens=jnp.take_along_axis(self.tokens, index, -1))
         return picked
 
@@ -188,34 +193,24 @@ class ResidualStream(Record):
                 absent=int(name in SCALES),
             )
 
-        kept = {name: getattr(self, name) for name in whole}
-        about: dict[str, Any] = {n: getattr(self, n) for n in ("layers", "lacks", "normed")}
-        fields = replace(self, **dict.fromkeys(whole))._each(pick, stacked)
-        return ResidualStream(**fields, **kept, mask=valid, **about)
-
-    def _each(
-        self, change: Callable[[str, int, Array], Array], stacked: bool = True
-    ) -> dict[str, Any]:
-        """Every captured field, its arrays changed by a function of its name and T axis."""
-        before = self.mask.ndim - 1  # the axes between L and T
-        return {
-            name: jax.tree.map(
-                partial(
-                    change,
-                    name,
-                    (stacked and name not in UNSTACKED) + before + (name == "pattern"),
-                ),
-                value,
-            )
-            for name in FIELDS
-            if (value := getattr(self, name)) is not None
-        }
+        n_batch_axes = self.mask.ndim - 1
+        fields: dict[str, Any] = {}
+        for name in FIELDS:
+            value = getattr(self, name)
+            if value is not None and name not in whole:
+                # `pattern [L,B,H,T,S]` has its heads before T.
+                axis = (stacked and name not in UNSTACKED) + n_batch_axes + (name == "pattern")
+                value = jax.tree.map(partial(pick, name, axis), value)
+            fields[name] = value
+        return replace(self, **fields, tokens=None, mask=valid, positions=None)
 
     def batch_axes(self) -> "ResidualStream":
-        """The `in_axes` pytree with which `jax.vmap` maps over the examples of the batch."""
+        """The `in_axes` for `jax.vmap` over the examples of the batch, as a pytree."""
         axes: dict[str, Any] = {
-            name: jax.tree.map(lambda _, n=name: 0 if n in (*UNSTACKED, *ABOUT) else 1, value)
-            for name in (*FIELDS, *ABOUT)
+            name: jax.tree.map(
+                lambda _, n=name: 0 if n in (*UNSTACKED, *INPUT_FIELDS) else 1, value
+            )
+            for name in (*FIELDS, *INPUT_FIELDS)
             if (value := getattr(self, name)) is not None
         }
         return replace(self, **axes)

@@ -9,7 +9,14 @@ from arrakis_jax.core.errors import expected
 from arrakis_jax.forward.source import Source
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.stream.residuals import ResidualStream
-from arrakis_jax.terms.layer import ATTENTION, ATTENTION_KINDS, BY, MLP, MLP_KINDS, wants
+from arrakis_jax.terms.layer import (
+    ATTENTION_FACTORS,
+    ATTENTION_KINDS,
+    BY,
+    MLP_FACTORS,
+    MLP_KINDS,
+    wants,
+)
 
 # By source, the fields that are read at every position whatever positions are asked for.
 WHOLE = {"source": ("v",)}
@@ -20,7 +27,14 @@ Kinds = tuple[str, ...] | None
 def capture_for(by: str) -> tuple[str, ...]:
     """The fields that `decompose` and `logit_attribution` need of a stream, for `run`."""
     checked_choice("by", by, BY)
-    fields = ("embed", *ATTENTION[by], *MLP[by], *STREAM_NORMS, "final", "norm_final_scale")
+    fields = (
+        "embed",
+        *ATTENTION_FACTORS[by],
+        *MLP_FACTORS[by],
+        *STREAM_NORMS,
+        "final",
+        "norm_final_scale",
+    )
     return tuple(dict.fromkeys(fields))
 
 
@@ -63,8 +77,8 @@ def fields_for(config: ModelConfig, by: str, kinds: Kinds = None) -> tuple[str, 
     rounded = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "final")
     names = (
         "embed",
-        *(ATTENTION[by] if wants(kinds, ATTENTION_KINDS) else ()),
-        *(MLP[by] if wants(kinds, MLP_KINDS) else ()),
+        *(ATTENTION_FACTORS[by] if wants(kinds, ATTENTION_KINDS) else ()),
+        *(MLP_FACTORS[by] if wants(kinds, MLP_KINDS) else ()),
         *(rounded if config.stream_dtype else ()),
         *(STREAM_NORMS if config.norms_stream else ()),
     )

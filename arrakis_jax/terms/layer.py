@@ -18,21 +18,21 @@ from arrakis_jax.terms.factors import AnyFactor, Factor, Sources
 
 _MLP = ("mlp_act", "shared_act", "routing", "norm_mlp_out_scale")
 # What the terms of attention and those of the MLP are made of.
-ATTENTION = {
+ATTENTION_FACTORS = {
     "component": ("attn_out",),
     "head": ("z", "norm_attn_out_scale"),
     "neuron": ("attn_out",),
     "expert": ("attn_out",),
     "source": ("pattern", "v", "norm_attn_out_scale"),
 }
-MLP = {
+MLP_FACTORS = {
     "component": ("mlp_out",),
     "head": ("mlp_out",),
     "neuron": _MLP,
     "expert": ("mlp_out", *_MLP),
     "source": ("mlp_out",),
 }
-BY = tuple(ATTENTION)
+BY = tuple(ATTENTION_FACTORS)
 FIRST_KINDS = ("embed", "pos")
 ATTENTION_KINDS = ("attn", "head", "attn_bias", "norm_bias", "attn_rounding")
 MLP_KINDS = ("mlp", "neuron", "mlp_bias", "expert", "shared_expert", "norm_bias", "mlp_rounding")

@@ -145,11 +145,11 @@ def along_reader(
     found: list[Measured] = []
     for half, written in enumerate(halves):
         direction, factor = (after_norm if norm_first else before_norm)[half]
-        values = [Measured(f.along(direction) * factor, f.kind) for f in written]
+        values = [Measured(f.along(direction) * factor[None], f.kind) for f in written]
         bias = writer.norm_bias(half)
         if bias is not None and (kinds is None or "norm_bias" in kinds):
             direction, factor = after_norm[half]
-            value = Measured(bias.along(direction) * factor, bias.kind)
+            value = Measured(bias.along(direction) * factor[None], bias.kind)
             values = [value, *values] if norm_first else [*values, value]
         found += values
     return tuple(found)

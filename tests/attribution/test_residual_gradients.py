@@ -21,7 +21,7 @@ def value(m, tokens, mask, edits, target=3, against=4):
 @pytest.mark.parametrize(
     "variant",
     chosen(["llama3", "gpt2", "both", "shared_norm", "stream_after", "moe", "gpt_oss"],
-           ["both", "moe"]),
+           ["moe"]),
 )  # fmt: skip
 def test_joint_taps_equal_finite_differences(variant, x64):
     """G11: the directional derivative at every site, by central differences."""
@@ -49,7 +49,7 @@ def test_joint_taps_equal_finite_differences(variant, x64):
         np.testing.assert_allclose(change, expected, rtol=1e-6, atol=1e-11, err_msg=site)
 
 
-@pytest.mark.parametrize("variant", chosen(VARIANTS, ["gpt2", "both", "stream_after", "mixed"]))
+@pytest.mark.parametrize("variant", chosen(VARIANTS, ["both", "stream_after"]))
 def test_joint_equals_one_at_a_time(variant, x64):
     m = model(variant, dtype="float64")
     tokens, mask, _ = batch(lengths=(5, 3))
@@ -87,7 +87,7 @@ def test_fields_and_padding():
 @pytest.mark.parametrize("variant", chosen(["gpt2", "moe"], ["gpt2"]))
 def test_padded_equals_one_by_one(variant, side, x64):
     m = model(variant, dtype="float64")
-    tokens, mask, prompts = batch(side=side)
+    tokens, mask, prompts = batch(side=side, lengths=(7, 7, 4, 4, 1))
     targets = np.array([3, 30, 0, 7, 7])
     found = residual_gradients(m, tokens, targets, against=1, mask=mask, capture="all")
     for b, prompt in enumerate(prompts):

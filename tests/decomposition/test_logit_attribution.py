@@ -139,7 +139,7 @@ def test_heads_and_bias_sum_to_their_attention():
 @pytest.mark.parametrize("position", [-1, 0, None])
 def test_padded_equals_one_by_one(side, position, x64):
     m = model("gpt2", dtype="float64")
-    tokens, mask, prompts = batch(side=side)
+    tokens, mask, prompts = batch(side=side, lengths=(7, 7, 4, 4, 1))
     found = logit_attribution(m, tokens, TARGETS if position is not None else 5, by="head",
                               against=8, position=position, mask=mask)  # fmt: skip
     for b, prompt in enumerate(prompts):

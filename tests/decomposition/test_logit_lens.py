@@ -127,7 +127,7 @@ def test_equal_logits_have_equal_rank():
 @pytest.mark.parametrize("positions", [None, (-1, 0, 2)])
 def test_padded_equals_one_by_one(side, positions, x64):
     m = model("gpt2", dtype="float64")
-    tokens, mask, prompts = batch(side=side)
+    tokens, mask, prompts = batch(side=side, lengths=(7, 7, 4, 4, 1))
     found = logit_lens(m, tokens, TARGETS, mask=mask, positions=positions, chunk=7)
     for b, prompt in enumerate(prompts):
         exist = positions and tuple(p for p in positions if p < len(prompt))

@@ -152,3 +152,13 @@ def importances(m, layer):
         kept = nearness(through(layer.y), layer.post)
         mlp, kept = share(mlp, mlp + kept), share(kept, mlp + kept)
     return share(attn, total[:, None, None]), share(own, total), mlp, kept
+
+
+def by_hand(a, b):
+    """The relative norm, cosine and angle from a to b, in float64."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    norm = lambda x: np.linalg.norm(x, axis=-1)  # noqa: E731
+    with np.errstate(invalid="ignore"):
+        cosine = (a * b).sum(-1) / (norm(a) * norm(b))
+        found = norm(b - a) / norm(a), cosine, np.arccos(np.clip(cosine, -1, 1))
+    return [np.nan_to_num(x) for x in found]

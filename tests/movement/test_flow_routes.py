@@ -10,7 +10,7 @@ from arrakis_jax import NotCapturedError, run
 from arrakis_jax.movement import contributions
 from arrakis_jax.movement.flow_routes import flow_routes
 from tests.cost import arrays
-from tests.induction import N, induction_model
+from tests.induction import N, induction_model, induction_tokens
 from tests.models import batch, chosen, close, compilations, model
 from tests.movement.brute import alone, brought, importances
 
@@ -125,13 +125,13 @@ def test_a_higher_threshold_keeps_fewer_of_the_same(x64):
     assert list(found.graph(0)) == [("resid_post", 2, int(found.column[0]))]
 
 
-def test_the_induction_circuit_is_found(x64, induction_tokens):  # noqa: F811
+def test_the_induction_circuit_is_found(x64):
     """Token A at s - 1, moved to s by layer 0, matched from t, whose copy of s is the answer."""
-    m = induction_model()
+    m, tokens = induction_model(), induction_tokens()
     for t in range(N + 1, 2 * N):
-        found = flow_routes(m, induction_tokens, t, 0.04)
+        found = flow_routes(m, tokens, t, 0.04)
         s = t - N + 1
-        for b in range(len(induction_tokens)):
+        for b in range(len(tokens)):
             attn = {
                 (a, c, head) for a, c, (kind, head) in found.graph(b).edges(keys=True)
                 if kind == "attn"

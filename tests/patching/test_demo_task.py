@@ -45,6 +45,7 @@ def first(task, n):
     return (model, clean[:n], corrupt[:n], Logit(right[:n], wrong[:n])), mask[:n]
 
 
+@pytest.mark.exhaustive
 def test_atp_star_ranks_heads_as_exact_patching_does(task):
     """Every query, key and value node of every head; plain AtP does worse."""
     pair, mask = first(task, 64)

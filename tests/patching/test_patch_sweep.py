@@ -335,6 +335,7 @@ def test_the_products_of_a_plan_with_static_starts():
     assert flops(sweep, clean) == 2 * 4 * block + 2 * reading + cells * (block + reading)
 
 
+@pytest.mark.exhaustive
 def test_temporary_memory_is_that_of_a_chunk():
     m = model("gpt2", n_heads=8, n_kv_heads=8, d_model=32)
     like = jax.ShapeDtypeStruct((2, 32), jnp.int32)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from arrakis_jax import Logit, Replace, Set, residual_gradients, run
 from arrakis_jax.patching.attribution_patching import attribution_patching
@@ -35,6 +36,7 @@ def test_one_layer_of_attention_is_patched_exactly(x64):
         assert (error < 1e-10) if site == "v" else (error > 0.01)
 
 
+@pytest.mark.exhaustive
 def test_it_is_the_slope_at_z_times_the_change_of_z(x64):
     """Of the patched run, in every layer of any model."""
     m = model("gpt_oss", dtype="float64", attention_softcap=2.0)
