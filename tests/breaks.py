@@ -296,7 +296,8 @@ BREAKS = (
     # forward
     Break("source: ranks of positions from the end", "forward/source.py",
           "self.padding.counted(jnp.asarray(at, int))", "jnp.abs(jnp.asarray(at, int))",
-          ("decomposition/test_logit_attribution.py::test_padded_equals_one_by_one[-1-left]",)),
+          ("decomposition/test_logit_attribution.py::"
+           "test_one_position_has_the_terms_that_it_has_among_all",)),
     Break("Logit: against is added", "forward/targets.py",
           "logit(self.ids) - logit(self.against)", "logit(self.ids) + logit(self.against)",
           ("forward/test_targets.py::test_each_target_by_definition[both]",)),
