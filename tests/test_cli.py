@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from arrakis_jax import encode, feature_attribution, residual_movement, token_id
 from arrakis_jax.checkpoint import from_pretrained
 from arrakis_jax.cli import app
 from arrakis_jax.demo import FOLDER
@@ -58,6 +59,22 @@ def test_the_numbers_add_up(default):
     tokens = [row["token"] for row in found["tokens"]]
     assert tokens[0] == "<bos>" and "".join(tokens[1:]) == f" {SENTENCE}"
     assert np.isfinite([row["value"] for row in found["tokens"]]).all()
+
+
+def test_the_numbers_are_those_of_the_functions(default, demo):
+    _, found = default
+    model, tokenizer = demo
+    tokens, mask = encode(tokenizer, SENTENCE)
+    mary, john = (token_id(tokenizer, name) for name in (" Mary", " John"))
+    for layer in (1, 2, 3):
+        moved = residual_movement(model, tokens, layer - 1, layer, mask=mask)
+        for name in ("relative_norm", "cosine", "angle"):
+            own = float(getattr(moved, name)[0, -1])
+            assert found["movement"][layer][name] == pytest.approx(own, rel=1e-4)
+    want = feature_attribution(
+        model, tokens, mary, against=john, mask=mask, method="integrated_gradients"
+    ).tokens[0]
+    np.testing.assert_allclose([row["value"] for row in found["tokens"]], want, atol=1e-4)
 
 
 def test_swapping_the_names_swaps_the_prediction(tmp_path):

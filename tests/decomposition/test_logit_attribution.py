@@ -151,6 +151,17 @@ def test_padded_equals_one_by_one(side, position, x64):
         np.testing.assert_allclose(row, alone.terms[:, 0], atol=1e-10)
 
 
+def test_one_position_has_the_terms_that_it_has_among_all(x64):
+    """Also the embedding's and the position's, whose sum would hide a mistake in either."""
+    m = model("gpt2", dtype="float64")
+    tokens, mask, _ = batch()
+    every = logit_attribution(m, tokens, 3, position=None, mask=mask).terms
+    for position in (-1, 0):
+        found = logit_attribution(m, tokens, 3, position=position, mask=mask).terms
+        columns = [np.flatnonzero(row)[position] for row in mask]
+        close(found, every[:, np.arange(5), np.array(columns)], 1e-12)
+
+
 def test_a_captured_stream_is_not_run_again():
     m = model("gpt2")
     tokens, mask, _ = batch()

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from arrakis_jax import decompose, logit_attribution, run, top_attribution
+from arrakis_jax import Scale, decompose, logit_attribution, run, top_attribution
 from tests.models import batch, chosen, close, compilations, model
 
 
@@ -55,6 +55,17 @@ def test_of_a_captured_stream_of_some_layers_and_in_jit():
     ):
         with pytest.raises(ValueError, match=r"`k` must be an int in \[1, .* got"):
             call()
+
+
+def test_an_edit_that_breaks_the_sum_is_reported(x64):
+    m = model("gpt2", dtype="float64")
+    edit = Scale("resid_mid", 0.5, layer=1)
+    edited = run(m, np.arange(6)[None], capture="all", edits=edit)
+    every = logit_attribution(m, edited, 7, by="neuron")
+    found = top_attribution(m, edited, 7, 9)
+    assert found.gap.max() > 1e-3
+    close(found.gap, every.gap, 1e-10)
+    close(found.rest, every.logit - every.constant - found.terms.sum(0), 1e-10)
 
 
 def test_tables():

@@ -22,6 +22,7 @@ from arrakis_jax import (
     resume,
     run,
 )
+from arrakis_jax.stream.padding import Padding, select_positions
 from tests.models import batch, chosen, model
 
 # name: (function of (model, tokens, mask), axis of B in each array, axis of T or None, tolerance)
@@ -116,3 +117,12 @@ def test_vmap_over_prompts_equals_the_batch():
     tokens = np.random.default_rng(0).integers(31, size=(4, 6))
     rows = jax.vmap(lambda t: logit_attribution(m, t[None], 3, by="head").terms[:, 0])(tokens)
     np.testing.assert_allclose(rows.T, logit_attribution(m, tokens, 3, by="head").terms, atol=1e-5)
+
+
+def test_positions_that_a_row_lacks_are_absent():
+    """Also where the column that stands for them holds a real token, as with padding behind."""
+    padding = Padding.of((2, 3), np.array([[1, 1, 0], [1, 1, 1]], bool))
+    index, valid = padding.columns(np.array([[2, -1], [2, -3]]))
+    values = np.arange(1.0, 7).reshape(2, 3)
+    found = select_positions(values, index, valid, 1, absent=-1)
+    np.testing.assert_array_equal(found, [[-1, 2], [6, 4]])
