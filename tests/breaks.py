@@ -159,8 +159,8 @@ BREAKS = (
           "self.centre(self.gained(u))", "self.gained(self.centre(u))",
           ("decomposition/test_logit_attribution.py::"
            "test_terms_sum_to_the_models_own_logit[gpt2-head]",)),
-    Break("attention: scale", "nn/attention.py",
-          "config.d_head**-0.5", "config.d_head**-0.4",
+    Break("attention: scale", "core/config.py",
+          "self.d_head**-0.5", "self.d_head**-0.4",
           ("nn/test_attention.py::test_attention_written_out",)),
     Break("attention: softcap before the scale", "nn/attention.py",
           "softcap(scores_BGRTS * scale, cfg.attention_softcap)",
@@ -527,7 +527,7 @@ BREAKS = (
           ("circuits/test_head_scores.py::"
            "test_on_repeated_tokens_these_are_the_diagonals_of_the_second_copy[llama]",)),
     Break("head tables: scale of attention", "circuits/head_tables.py",
-          "key_MK) * attention_scale(model.config, head[0])", "key_MK)",
+          "key_MK) * model.config.score_scale(head[0])", "key_MK)",
           ("circuits/test_head_tables.py::test_one_layer_is_a_look_up[llama]",)),
     Break("head tables: biases", "circuits/head_tables.py",
           "w[:-1]) + over(w[-1], x_ND)", "w[:-1]) - over(w[-1], x_ND)",
