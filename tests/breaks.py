@@ -291,7 +291,8 @@ BREAKS = (
           "brought = stream.attn_out - bias", "brought = stream.attn_out + bias",
           ("movement/test_information_flow.py::test_against_all_vectors[gpt2]",)),
     Break("attention brought: own part", "frozen/attention.py",
-          "own = norm.linear(own) / stream.norm_attn_scale[..., None]", "own = norm.linear(own)",
+          "= norm.linear(own_stream) / stream.norm_attn_scale[..., None]",
+          "= norm.linear(own_stream)",
           ("movement/test_information_flow.py::test_against_all_vectors[stream_after]",)),
     # forward
     Break("source: ranks of positions from the end", "forward/source.py",
@@ -346,7 +347,7 @@ BREAKS = (
           ("decomposition/test_decompose.py::"
            "test_terms_sum_to_every_stream_point[stream_after-source]",)),
     Break("spans: last MLP not dropped", "terms/stream.py",
-          "dropped += (len(own) - written)", "dropped += 0 * (len(own) - written)",
+          "dropped += (len(members) - written)", "dropped += 0 * (len(members) - written)",
           ("decomposition/test_decompose.py::"
            "test_terms_sum_to_every_stream_point[llama-component]",)),
     Break("spans: first attention not skipped", "terms/stream.py",
@@ -430,7 +431,7 @@ BREAKS = (
           "(fresh > logit[..., None])", "(fresh >= logit[..., None])",
           ("decomposition/test_logit_lens.py::test_against_numpy[llama-7]",)),
     Break("logit lens: entropy", "decomposition/logit_lens.py",
-          "log_total + found.below / found.total", "log_total - found.below / found.total",
+          "log_total + sums.below / sums.total", "log_total - sums.below / sums.total",
           ("decomposition/test_logit_lens.py::test_against_numpy[llama-7]",)),
     # movement
     Break("movement: cosine", "movement/residual_movement.py",
