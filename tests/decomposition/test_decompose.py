@@ -131,6 +131,16 @@ def test_terms_are_what_their_labels_say():
         heads.labels[26]
 
 
+def test_a_point_lists_what_is_written_before_it():
+    m, tokens = model("gpt2"), np.arange(6)[None]
+    written = [(None, "embed"), (None, "pos")]
+    for layer in range(3):
+        for at, kind in (("resid_pre", "attn"), ("resid_mid", "mlp")):
+            labels = decompose(m, tokens, at=(at, layer)).labels
+            assert [(label.layer, label.kind) for label in labels] == written
+            written.append((layer, kind))
+
+
 @pytest.mark.parametrize(
     "variant", chosen(["gpt2", "both", "stream_after", "mixed", "gpt_oss"], ["both", "gpt_oss"])
 )
