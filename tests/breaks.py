@@ -347,14 +347,8 @@ BREAKS = (
           ("decomposition/test_decompose.py::"
            "test_terms_sum_to_every_stream_point[stream_after-source]",)),
     Break("spans: last MLP not dropped", "terms/stream.py",
-<<<<<<< HEAD
           "dropped += (len(members) - written)", "dropped += 0 * (len(members) - written)",
-          ("decomposition/test_decompose.py::"
-           "test_terms_sum_to_every_stream_point[llama-component]",)),
-=======
-          "dropped += (len(own) - written)", "dropped += 0 * (len(own) - written)",
           ("decomposition/test_decompose.py::test_a_point_lists_what_is_written_before_it",)),
->>>>>>> 40d98f66d629c6dad8b90d56a0a6af9b319d3f68
     Break("spans: first attention not skipped", "terms/stream.py",
           "skipped = sum(f.kind.count for f in before)", "skipped = 0",
           ("decomposition/test_attribute_to.py::"
