@@ -17,7 +17,11 @@ from arrakis_jax.nn.transformer import Transformer
 
 
 class FeatureMethod(ABC):
-    """A method of `feature_attribution`: a frozen dataclass whose fields are its options.
+    """A method of `feature_attribution`. Each is a frozen dataclass whose fields are its options.
+
+    A new one has a default for each option, checks them in `__post_init__`, and builds its result
+    with `Inputs` (inputs.py). It is listed in FEATURE_METHODS (feature_attribution.py) and its
+    values are described in MEANINGS (result.py).
 
     Attributes:
         name: the string that also names it.

@@ -224,6 +224,19 @@ class ModelConfig:
         scale = self.d_head**-0.5 if self.attention_scale is None else self.attention_scale
         return scale / (layer + 1) if self.scale_by_inverse_layer else scale
 
+    # What a norm placement means, once for the whole package. Block.__call__ puts the norms there.
+    # A new one is added to the Literal, to config_rules.py, here and there. One on the stream also
+    # concerns frozen/, terms/stream_norms.py and terms/scan.py, which take a term through it.
+    @property
+    def norms_inputs(self) -> bool:
+        """Whether attention and the MLP read through norms of their own."""
+        return self.norm is not None and self.norm_placement in ("pre", "both")
+
+    @property
+    def norms_outputs(self) -> bool:
+        """Whether what attention and the MLP write passes norms."""
+        return self.norm is not None and self.norm_placement in ("post", "both")
+
     @property
     def norms_stream(self) -> bool:
         """Whether norms are applied to the stream itself, which then is not a plain sum."""

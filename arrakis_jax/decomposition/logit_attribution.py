@@ -1,4 +1,4 @@
-"""The terms that wrote a logit: every term's share, through the final norm, scale frozen."""
+"""How much each term of the stream adds to a logit, with the final norm's scale as observed."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -41,7 +41,8 @@ class LogitAttribution(TermValues):
 
     Attributes:
         terms: `[C,B]`, or `[C,B,T]` for every position.
-        constant: `[B]` (`[B,T]`), the part that no term writes: `beta . u + b_u`.
+        constant: `[B]` (`[B,T]`), the part that no term writes: `beta . u + b_u`, with the
+            biases of the final norm and of the unembedding.
         logit: `[B]` (`[B,T]`), the model's logit or logit difference, read from `final`.
         rest: `[B]` (`[B,T]`), `logit - constant - sum(terms)`. If layers or kinds were selected,
             it is the sum of all other terms. Else it is rounding, and in an edited forward the
@@ -74,12 +75,13 @@ def logit_attribution(
 ) -> LogitAttribution:
     """Direct logit attribution: which terms of the stream write a logit or logit difference.
 
-    `term_c = x_c . r / s` with `r = gamma * u` (LayerNorm: centred, so that terms need not be).
+    `term_c = x_c . r / s` with `r = gamma * u` and the norm's gain gamma. In a LayerNorm `r` is
+    centred too; terms then need not be.
     `u` is the target's unembedding, minus the unembedding of `against`. `s` is the observed scale
     of the final norm. The terms plus the constant equal the model's logit. Weights are used as
     they are. The scales of all norms are frozen, so this is an exact account of this forward. It
-    does not say what removing a term would do. The logit is before a soft-cap, and includes
-    factors on the logits.
+    does not say what removing a term would do. The logit is that before a soft-cap, after a
+    factor on the logits.
 
     Args:
         model: the transformer.
@@ -96,9 +98,9 @@ def logit_attribution(
         check: also check the values of arrays that are on an accelerator.
 
     Returns:
-        `.terms [C,B]` and their labels; `[C,B,T]` with `position=None`, zero at padding. Memory
-        holds nothing larger: heads, neurons and patterns exist for one layer at a time. For the
-        largest terms alone see `top_attribution`.
+        `.terms [C,B]` and their labels; `[C,B,T]` with `position=None`, zero at padding. Only
+        these grow with the layers: heads, neurons and patterns exist for one layer at a time. See
+        `top_attribution` for the largest terms alone.
 
     Raises:
         NotCapturedError: if a captured stream lacks a field or position.
@@ -210,7 +212,8 @@ def _attribute(
                                 layers=layers, at=at)  # fmt: skip
     names, first = embeddings(model, stream, source.ranks(at), kinds)
     first = contract("C...D,...D->C...", first, reader.first)
-    # Inside the scan each layer was read where it writes. Norms of later layers come now.
+    # A head's term is `Factor.along` (terms/factors.py), read as its layer ran. It stands as in the
+    # stream after that layer: the norms of later layers multiply it now.
     layered = [terms for terms, _ in walked.by_segment]
     labels = labels_of(model, names, layered, kinds, layers)
     if model.config.norms_stream:
@@ -230,7 +233,7 @@ def _at_the_end(
 ) -> tuple[Array, list[tuple[Measured, ...]]]:
     """The terms of these layers, times the factors of all later norms on the stream."""
     # from_layer[l]: the product of the factors of layers l and later; 1 after the last layer.
-    # The direction's length, which the scan left out, comes in here once.
+    # The scan read along a direction of length 1; its size comes in here, once.
     from_layer = jax.lax.cumprod(passed, axis=0, reverse=True)
     from_layer = jnp.concatenate([from_layer, jnp.ones_like(reader.size)[None]]) * reader.size[None]
     at_the_end = []
@@ -252,7 +255,7 @@ def _result(
     labels: Labels,
     complete: bool,
 ) -> LogitAttribution:
-    """The result, from each term's product with the direction; NaN where a position is missing."""
+    """The result, from each term's product with the direction."""
     read = readout.of(model, stream)
     # The final norm's scale comes in once, after all sums over D.
     terms = jnp.where(stream.mask[None], values / read.scale[None], readout.absent)

@@ -30,7 +30,7 @@ At = Int[Array, "B N"] | tuple[int, ...] | None
 class Source:
     """What a tool reads: token ids that are to be run, or a stream that was captured.
 
-    Positions `at` are counted in real tokens: `[B,N]`, a tuple for every row, or None for all.
+    Positions `at` are counted in real tokens: `[B,N]`; a tuple, the same for every row; or None.
 
     Attributes:
         tokens: `[B,T]`; None with a captured stream.
@@ -44,7 +44,7 @@ class Source:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape `[B,T]` of the tokens, whichever of their positions were captured."""
+        """The shape `[B,T]` of the tokens, even if only some positions were captured."""
         return self.tokens.shape if self.captured is None else self.captured.mask.shape
 
     @property
@@ -54,11 +54,11 @@ class Source:
 
     @property
     def held(self) -> tuple[int, ...] | None:
-        """The only positions that were captured; None when there are all."""
+        """The positions that were captured; None if all were."""
         return None if self.captured is None else self.captured.positions
 
     def ranks(self, at: At = None) -> Int[Array, "B N"]:
-        """How many real tokens stand before each of these positions."""
+        """Each of these positions, counted from its row's first real token."""
         return self.padding.rank if at is None else self.padding.counted(jnp.asarray(at, int))
 
     def stream(
@@ -76,7 +76,7 @@ class Source:
             model: the transformer.
             fields: the names of ResidualStream fields.
             layers: the layers that a run keeps; a captured stream keeps its own.
-            at: the positions; all, or those captured, if None.
+            at: the positions; None for all (of a captured stream, those that it has).
             whole: the fields that keep all positions.
         """
         if self.captured is not None:
@@ -104,8 +104,9 @@ class Source:
     ) -> tuple[ResidualStream, Walked]:
         """Hands these fields of each layer to `step(state, layer) -> (state, found)`.
 
-        Tokens are run: what a step does not keep of a layer exists only until the next. With
-        `layers` the run keeps the fields of these alone, and then goes over them.
+        Tokens are run: a layer's fields are freed after its step, unless the step returns them.
+        With `layers` the model is run first, and keeps the fields of these layers alone; then
+        `step` goes over them.
 
         Returns:
             The stream outside of the layers (embed, final, norm_final_scale, mask), and the walk.
@@ -113,7 +114,7 @@ class Source:
         if self.captured is not None and at is None:
             self.captured.need(all_positions=True)
         if self.captured is not None or layers is not None:
-            # A rounded stream is told apart by its neighbours: all layers are kept.
+            # A layer's rounding is the difference of neighbouring layers, so all are kept.
             kept = None if model.config.stream_dtype else layers
             needed = (*fields, *(() if self.captured is not None else UNSTACKED))
             stream = self.stream(model, needed, layers=kept, at=at, whole=whole)
@@ -236,7 +237,7 @@ def layer_fields(
 def layer_ends(
     stream: ResidualStream, layers: tuple[int, ...] | None
 ) -> Float[Array, "L B T D"] | None:
-    """The stream leaving each of these layers; None if the capture cannot tell."""
+    """The stream leaving each of these layers; None without `resid_pre` of all and `final`."""
     if stream.layers is not None or stream.resid_pre is None or stream.final is None:
         return None
     return stream.resid_post if layers is None else stream.resid_post[np.array(layers)]

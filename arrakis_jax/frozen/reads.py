@@ -1,4 +1,4 @@
-"""Directions that read the stream, with all scales frozen: the transposes of the writes."""
+"""Directions that read the stream before its norms: the transposes of norms with frozen scales."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from arrakis_jax.nn.walk import Place, walk
 def logit_reader(
     model: Transformer, targets: Array, against: Array | None
 ) -> tuple[Float[Array, "... D"], Float[Array, "..."]]:
-    """The direction that reads a logit (or the difference of two) from the normed stream; bias."""
+    """What reads a logit (or the difference of two) from the normed stream: direction and bias."""
     u, bias = model.unembedding(targets), model.unembedding_bias(targets)
     if against is not None:
         u, bias = u - model.unembedding(against), bias - model.unembedding_bias(against)
@@ -22,7 +22,7 @@ def logit_reader(
 
 
 def logit_direction(model: Transformer, u: Float[Array, "... D"]) -> tuple[Array, Array]:
-    """The stream direction `r` and the constant with `norm(x) . u = x . r / s + constant`."""
+    """The direction `r` and the constant c such that `norm(x) . u = x . r / s + c`."""
     if model.norm_final is None:
         return u, jnp.zeros(u.shape[:-1], u.dtype)
     r = model.norm_final.transposed(u)
@@ -34,11 +34,11 @@ def logit_direction(model: Transformer, u: Float[Array, "... D"]) -> tuple[Array
 class LayerReader(NamedTuple):
     """The directions that read one layer's stream, before and after each norm on the stream.
 
-    A value that is read before a norm is multiplied by that norm's factor, once for each norm that
-    it still passes. Without norms on the stream all directions are equal.
+    To read a value before a norm, multiply by that norm's factor; before two norms, by both.
+    Without norms on the stream all directions are equal and all factors 1.
 
     Attributes:
-        pre: `[B,T,D]`, reads the sum that enters the norm of attention.
+        pre: `[B,T,D]`, reads what enters the norm of attention.
         mid: `[B,T,D]`, reads the stream after attention.
         post: `[B,T,D]`, reads the stream after the MLP.
         attn: `[B,T]`, the factor of the norm of attention.
@@ -53,7 +53,7 @@ class LayerReader(NamedTuple):
 
 
 class StreamReader(NamedTuple):
-    """The directions, at each layer, that read the value which r reads from the last output.
+    """For each layer, the direction that gives what `r` gives at the end, up to frozen scales.
 
     A norm on the stream with a frozen scale s is linear: reading its output along r is reading its
     input along `transposed(r) / s`. So the directions go backward through the norms. They are kept
@@ -61,8 +61,9 @@ class StreamReader(NamedTuple):
 
     Attributes:
         first: `[B,T,D]`, reads the embedding.
-        size: `[B,T]`, the length of the direction itself, a factor of all values.
-        posts: `[L,B,T,D]`, read each layer's output; None where `first` reads everywhere.
+        size: `[B,T]`, the length of `r`, by which every value is multiplied.
+        posts: `[L,B,T,D]`, read each layer's output. None without norms on the stream: `first`
+            then serves all layers.
     """
 
     first: Float[Array, "B T D"]
@@ -89,7 +90,7 @@ class StreamReader(NamedTuple):
         if self.posts is None:
             unit = jnp.ones_like(self.size)
             return LayerReader(self.first, self.first, self.first, unit, unit)
-        # The other two directions are computed from this one, so memory holds a third.
+        # The other two directions are computed from this one, so only one of three is stored.
         post = self.posts[layer.index]
         mid, mlp = _before(layer.block.norm_mlp, post)
         pre, attn = _before(layer.block.norm_attn, mid)
@@ -100,7 +101,7 @@ class StreamReader(NamedTuple):
 
 
 def _before(stream_norm: Norm | None, r: Array) -> tuple[Array, Array]:
-    """The direction before a norm that matches `r` after it: as a unit vector and its length."""
+    """What reads before a norm, but for its scale, as `r` does after it: unit vector and length."""
     assert stream_norm is not None
     r = stream_norm.transposed(r)
     size = norm(r)

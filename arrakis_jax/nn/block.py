@@ -30,9 +30,9 @@ class Block(nnx.Module):
         moe: bool = False,
     ):
         self.config = config
-        normed = config.norm is not None
-        reads = normed and config.norm_placement != "post"
-        writes = normed and config.norm_placement in ("post", "both")
+        # norm_attn and norm_mlp stand on inputs or on the stream, norm_*_out on outputs.
+        normed, writes = config.norm is not None, config.norms_outputs
+        reads = normed and (config.norms_inputs or config.norms_stream)
         has_mlp = config.has_mlp(moe)
         self.norm_attn = Norm(config, stack) if reads else None
         self.attn = Attention(config, rngs, stack)

@@ -1,4 +1,8 @@
-"""Sites, the one instrument in the code base: they tap, edit and record values."""
+"""Sites, the one instrument in the code base: they tap, edit, zero at padding and record values.
+
+A site is a named value of the forward, such as a layer's `z`. Logits alone are zeroed elsewhere, in
+nn/transformer.py.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

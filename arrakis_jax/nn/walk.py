@@ -33,7 +33,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class PerSegment:
-    """Values whose shapes differ between segments. Each segment has `[L_i,...]` or None."""
+    """Values whose shapes differ between segments: an entry `[L_i,...]` or None for each."""
 
     entries: tuple
 
@@ -75,15 +75,15 @@ def walk(
         model: the transformer.
         step: the function called at each layer. It is traced once for each segment.
         state: the state for the first step.
-        xs: a pytree of PerSegment, or of arrays with a row for each layer visited. A step gets its
-            layer's row as `x`.
+        xs: a pytree whose leaves are arrays, with a row for each layer visited, or PerSegment. A
+            step gets its layer's row as `x`.
         layers: the layers to visit, counted from 0, ascending; None for all.
         reverse: whether to go from the last layer to the first.
     """
     by_segment: list[Any] = []
     stretches = _stretches(model, xs, layers)
     for i, scanned in reversed(stretches) if reverse else stretches:
-        # A default binds this segment's number, as the loop goes on to change `i`.
+        # `i: int = i` keeps this segment's number: the loop changes `i`.
         def stepping(state: Any, scanned: tuple, i: int = i) -> tuple[Any, Any]:
             block, index, x = scanned
             return step(state, Place(block, index, i), x)
@@ -103,7 +103,7 @@ def all_at_once(
 ) -> list[Any]:
     """A walk without a state: `function(place, x)`, stacked, for each segment visited.
 
-    `vmap` computes all layers together, so that weights in the result are not copied.
+    A scan would copy weights that the function returns; `vmap` does not.
     """
 
     def mapped(i: int, scanned: tuple) -> Any:
@@ -126,7 +126,7 @@ def walk_from(
         ) -> Any:
             return step(state, Place(_entry(blocks, index - first), index, i))
 
-        # A loop from beyond a segment's end runs no step, so segments before the start are skipped.
+        # A segment before the start has begin >= stop, and runs no step.
         begin = jnp.maximum(start, layers.start)
         state = jax.lax.fori_loop(begin, layers.stop, stepping, state)
     return state
@@ -180,7 +180,7 @@ def _stretches(model: Any, xs: Any, layers: Sequence[int] | None) -> list[tuple[
 
 
 def segment_layers(model: Any, layers: Sequence[int] | None = None) -> list[tuple[int, ...]]:
-    """The layers behind each entry of `Walked.by_segment`, in a walk over these layers."""
+    """The layer numbers of each entry of `Walked.by_segment`, in a walk over these layers."""
     segments = [tuple(members) for _, members in model.stacks()]
     if layers is None:
         return segments

@@ -2,7 +2,7 @@
 
 An edit is a pytree (arrays and indices are leaves, so that vmap sweeps over them without
 recompiling) and a function `(site, layer, value) -> value`. A forward calls every edit at every
-site, in order. Any other callable of that form is an edit too.
+site, in order (nn/site.py). Any other callable of that form is an edit too.
 """
 
 from abc import abstractmethod

@@ -26,7 +26,6 @@ ROUTING_SITES = {"index": "routing_index", "weight": "routing_weight", "shared":
 
 def lacking(config: ModelConfig) -> tuple[str, ...]:
     """The fields of a residual stream that a model of this config does not have."""
-    place = config.norm_placement
     # Names, and whether the model has them. A field is there only if all its rows say so.
     rules = (
         (MLP_FIELDS, config.any_mlp),
@@ -34,9 +33,9 @@ def lacking(config: ModelConfig) -> tuple[str, ...]:
         (("shared_act",), config.d_shared_expert > 0),
         (("resid_mid",), not config.parallel),
         (SCALES, config.norm is not None),
-        (("norm_attn_scale", "norm_mlp_scale"), place != "post"),
+        (("norm_attn_scale", "norm_mlp_scale"), config.norms_inputs or config.norms_stream),
         (("norm_mlp_scale",), not config.shared_norm),
-        (("norm_attn_out_scale", "norm_mlp_out_scale"), place in ("post", "both")),
+        (("norm_attn_out_scale", "norm_mlp_out_scale"), config.norms_outputs),
         (("norm_q_scale", "norm_k_scale"), config.qk_norm is not None),
         (("norm_final_scale",), config.final_norm),
     )

@@ -1,4 +1,4 @@
-"""Where a padded batch has its real tokens."""
+"""Where a padded batch has its real tokens. Sites zero the values at padding: nn/site.py."""
 
 from dataclasses import dataclass
 

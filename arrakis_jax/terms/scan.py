@@ -1,4 +1,4 @@
-"""Reads terms along a direction, inside the scan over layers or after it."""
+"""Reads terms along a direction, inside the scan over the layers."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from arrakis_jax.terms.stream import check_found
 
 
 class LogitRead(NamedTuple):
-    """The logit at the end of the stream, its part that no term writes, and the norm's scale."""
+    """A logit, its constant part, which no term writes, and the scale of the final norm."""
 
     logit: Float[Array, "B T"]
     constant: Float[Array, "B T"]
@@ -47,7 +47,7 @@ class Readout(NamedTuple):
 
     @property
     def absent(self) -> float:
-        """The value where a row has no such position: NaN if it was asked for, 0 at padding."""
+        """The value where a row lacks a position: NaN if it was asked for by number, else 0."""
         return float("nan") if self.one else 0.0
 
     def check(self, model: Transformer, source: Source) -> None:
@@ -58,7 +58,7 @@ class Readout(NamedTuple):
 
     def of(self, model: Transformer, stream: ResidualStream) -> LogitRead:
         """The logit of a stream at these positions, as the model computes it, before a soft-cap."""
-        # The model's own norm, not the frozen scale: so the logit is a test of the terms.
+        # The norm is computed again, so that `rest` and `gap` test the terms independently.
         scale = jnp.ones_like(self.offset) if model.norm_final is None else stream.norm_final_scale
         logit = contract("...D,...D->...", model.final_norm(stream.final), self.u) + self.bias
         logit, constant = (
@@ -76,7 +76,7 @@ def readout_of(model: Transformer, targets: Array, against: Array | None, one: b
 
 
 class LayerValues(NamedTuple):
-    """The terms of one layer along a direction, as the stream after that layer holds them.
+    """The terms of one layer along a direction, as they are in the stream after that layer.
 
     Attributes:
         index: the number of the layer, traced.
@@ -106,8 +106,8 @@ def over_terms(
 ) -> tuple[ResidualStream, Walked]:
     """Hands each layer's terms along a direction to a function, in the walk over the layers.
 
-    Norms on the stream multiply a term by `passed` of every later layer. So a model with such
-    norms is walked as a whole, whichever layers are asked for.
+    With norms on the stream, each later layer multiplies a term by its `passed`. So all layers are
+    walked then, even if few are asked for.
     """
     config = model.config
     passing = config.norms_stream
@@ -136,14 +136,15 @@ def along_reader(
 ) -> tuple[Measured, ...]:
     """The terms of one layer along the direction that reads the layer's output.
 
-    A term that still passes a norm on the stream is read before the norm, times its factor.
+    A write that a norm of its own layer still changes is read before that norm, times the norm's
+    factor. Attention is half 0 of a layer, the MLP half 1.
     """
     halves = writer.halves(by, kinds)
     if not writer.config.norms_stream:
         return measured((*halves[0], *halves[1]), lambda factor: factor.along(reader.post))
     norm_first = writer.config.norm_placement == "stream_before"
-    # For each half, the direction and the factor that read a write after its norm, or before it.
-    # A norm's bias is added after the norm, so it is read like a write after it.
+    # (direction, factor) of each half: `after_norm` for what is added after the half's norm, such
+    # as the norm's own bias; `before_norm` for what that norm still changes.
     after_norm = ((reader.mid, reader.mlp), (reader.post, jnp.ones_like(reader.mlp)))
     before_norm = ((reader.pre, reader.attn * reader.mlp), after_norm[0])
     terms: list[Measured] = []
