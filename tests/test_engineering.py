@@ -170,6 +170,13 @@ TOOLS = {
     "token_faithfulness": lambda m, t, k: token_faithfulness(m, t, jnp.sin(t), 3, draws=2, mask=k),
     "agreement": lambda m, t, k: agreement(m.w_e[...], 2 * m.w_e[...]),
 }
+# By default, one or two of each room go through the dearer tests.
+EVERY_ROOM = (
+    "run", "resume", "decompose", "logit_attribution", "top_attribution", "logit_lens", "agreement",
+    "information_flow_alti", "flow_routes", "movement_matrix_reduced", "copying_traces",
+    "skip_trigrams", "virtual_head", "residual_gradients", "integrated_gradients", "patch_sweep",
+    "attribution_patching_star", "edge_attribution", "run_circuit", "token_faithfulness",
+)  # fmt: skip
 # One way of using each public function: the others are compiled by the same entry.
 ENTRIES = [name for name in TOOLS if hasattr(arrakis_jax, name)] + [
     "saliency", "integrated_gradients_doubling", "smooth_grad", "occlusion", "value_zeroing",
@@ -325,7 +332,7 @@ def test_every_float32_product_is_at_the_configs_precision(tool):
         }
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("tool", chosen(TOOLS, EVERY_ROOM))
 def test_exports_for_tpu_and_cuda(tool):
     """Lowered for accelerators on the CPU, serialised, loaded."""
     exported(tool)
@@ -410,7 +417,7 @@ def test_the_compiler_options_are_a_callers_too():
     close(call(m, TOKENS), run(m, TOKENS).residuals.final, 5e-2)
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("tool", chosen(TOOLS, EVERY_ROOM))
 def test_float64_is_float64_everywhere(tool, x64):
     """Traced and not run: the tests of each tool compare it in float64."""
     found = jax.eval_shape(TOOLS[tool], model("llama3", dtype="float64"), TOKENS, MASK)
