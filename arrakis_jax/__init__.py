@@ -61,6 +61,7 @@ from arrakis_jax.circuits.virtual_head import VirtualHead, virtual_head
 from arrakis_jax.circuits.vocabulary import TopTokens
 from arrakis_jax.core.config import ModelConfig, RopeScaling
 from arrakis_jax.core.errors import CheckpointError, NotCapturedError
+from arrakis_jax.core.prompts import Prompts
 from arrakis_jax.decomposition.attribute_movement import MovementAttribution, attribute_movement
 from arrakis_jax.decomposition.attribute_to import DirectionAttribution, attribute_to
 from arrakis_jax.decomposition.decompose import decompose
@@ -169,6 +170,7 @@ __all__ = [
     "PathTerms",
     "Prob",
     "Project",
+    "Prompts",
     "Replace",
     "ResidualDecomposition",
     "ResidualStream",

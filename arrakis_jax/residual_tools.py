@@ -109,8 +109,7 @@ class ResidualTools:
         if "mask" in options:
             do = "text makes its own mask"
             raise TypeError(expected("mask", "left out with text", options["mask"], do))
-        tokens, mask = encode(self.tokenizer, value)
-        return tokens, {**options, "mask": mask}
+        return encode(self.tokenizer, value), dict(options)
 
     def _id(self, value: Any) -> Any:
         """Token ids, from texts or from what may be token ids already."""

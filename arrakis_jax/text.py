@@ -11,9 +11,9 @@ from typing import Any, Literal
 import numpy as np
 
 from arrakis_jax.checkpoint import local_folder
-from arrakis_jax.core.axes import Bool, Int
 from arrakis_jax.core.checks import checked_choice
 from arrakis_jax.core.errors import CheckpointError, expected
+from arrakis_jax.core.prompts import PADDING_ID, Prompts
 
 _ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 _DOWNLOADED = ("*.json", "*.txt", "*.model")
@@ -69,8 +69,10 @@ def encode(
     *,
     bos: bool | Literal["model"] = "model",
     side: Literal["left", "right"] = "left",
-) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
-    """Prompts as one padded batch. No pad token is needed: padding has id 0, and the mask tells.
+    width: int | None = None,
+    pad_to: int = 1,
+) -> Prompts:
+    """Prompts as one padded batch. No pad token is needed: padding has id -1, and the mask tells.
 
     Args:
         tokenizer: a `transformers` tokenizer.
@@ -79,19 +81,26 @@ def encode(
             front and nothing else. False adds nothing. A prompt that begins with the text of the
             BOS token never gets a second one.
         side: where padding goes.
+        width: the number of columns; None for the longest prompt's length. A width of its own keeps
+            the shape, so that prompts of other lengths compile nothing new.
+        pad_to: without `width`, the length is rounded up to a multiple of this.
 
     Returns:
-        Token ids, int32 `[B,T]`, and the mask, bool `[B,T]`, True at real tokens.
+        `Prompts`, which every tool takes in place of tokens and mask. It unpacks as `tokens, mask`:
+        token ids, int32 `[B,T]`, and the mask, bool `[B,T]`, True at real tokens. Masked ids are
+        not read; they are -1, so that ids without their mask are refused.
 
     Raises:
         TypeError: for prompts that are not texts.
-        ValueError: for no prompt, a prompt without a token, or bos=True without a BOS token.
+        ValueError: for no prompt, a prompt without a token, bos=True without a BOS token, or a
+            prompt longer than `width`.
 
     Example:
         >>> model, tokenizer = demo_model()
-        >>> tokens, mask = encode(tokenizer, ["Mary went to the store", "John"])
-        >>> tokens.shape == mask.shape
-        True
+        >>> prompts = encode(tokenizer, ["Mary went to the store", "John"], pad_to=8)
+        >>> tokens, mask = prompts
+        >>> prompts.width, tokens.shape, mask.sum(-1).tolist()
+        (8, (2, 8), [6, 2])
     """
     checked_choice("side", side, ("left", "right"))
     checked_choice("bos", bos, ("model", True, False))
@@ -120,19 +129,32 @@ def encode(
         got = f"none in prompts {empty[:5]}"
         do = "drop them, or pass bos=True"
         raise ValueError(expected("prompts", "texts of at least one token", got, do))
-    return _padded(rows, side)
+    return _padded(rows, side, _width(max(map(len, rows)), width, pad_to))
 
 
-def _padded(rows: list[list[int]], side: str) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of token ids as one array with padding on this side, and the mask."""
-    width = max(map(len, rows))
-    tokens = np.zeros((len(rows), width), np.int32)
+def _width(longest: int, width: int | None, pad_to: int) -> int:
+    """The number of columns for prompts of which the longest has this many tokens."""
+    for name, value in (("width", width), ("pad_to", pad_to)):
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if value is not None and not (whole and value > 0):
+            raise ValueError(expected(name, "a positive int", repr(value), "count columns"))
+    if width is None:
+        return -(-longest // pad_to) * pad_to
+    if longest > width:
+        do = f"give a width of at least {longest}, or shorter prompts: nothing is cut"
+        raise ValueError(expected("width", "no less than the longest prompt", width, do))
+    return width
+
+
+def _padded(rows: list[list[int]], side: str, width: int) -> Prompts:
+    """Rows of token ids as one batch with padding on this side."""
+    tokens = np.full((len(rows), width), PADDING_ID, np.int32)
     mask = np.zeros((len(rows), width), bool)
     for b, row in enumerate(rows):
         start = width - len(row) if side == "left" else 0
         tokens[b, start : start + len(row)] = row
         mask[b, start : start + len(row)] = True
-    return tokens, mask
+    return Prompts(tokens, mask)
 
 
 def token_id(tokenizer: Any, text: str) -> int:

@@ -49,18 +49,18 @@ def test_bos_of_a_tokenizer_that_adds_it():
         tokens, mask = encode(tokenizer, [" Mary", "<s>Mary", "<s><s> Mary"], bos=bos)
         real = [row[here].tolist() for row, here in zip(tokens, mask, strict=True)]
         assert all(row[0] == 1 and row.count(1) == 1 for row in real)
-    assert encode(tokenizer, "Mary John", bos=False)[0].tolist() == [[7, 9]]
-    assert encode(tokenizer, "", bos="model")[0].tolist() == [[1]]
+    assert encode(tokenizer, "Mary John", bos=False).tokens.tolist() == [[7, 9]]
+    assert encode(tokenizer, "", bos="model").tokens.tolist() == [[1]]
 
 
 def test_bos_of_a_tokenizer_that_does_not():
     tokenizer = byte_level(bos_token="<|endoftext|>")
     bos, mary = tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("Mary")
-    assert encode(tokenizer, "Mary")[0].tolist() == [[mary]]
-    assert encode(tokenizer, "Mary", bos=True)[0].tolist() == [[bos, mary]]
-    assert encode(tokenizer, "<|endoftext|>Mary", bos=True)[0].tolist() == [[bos, mary]]
-    assert encode(tokenizer, "<|endoftext|>Mary")[0].tolist() == [[bos, mary]]
-    assert encode(tokenizer, "", bos=True)[0].tolist() == [[bos]]
+    assert encode(tokenizer, "Mary").tokens.tolist() == [[mary]]
+    assert encode(tokenizer, "Mary", bos=True).tokens.tolist() == [[bos, mary]]
+    assert encode(tokenizer, "<|endoftext|>Mary", bos=True).tokens.tolist() == [[bos, mary]]
+    assert encode(tokenizer, "<|endoftext|>Mary").tokens.tolist() == [[bos, mary]]
+    assert encode(tokenizer, "", bos=True).tokens.tolist() == [[bos]]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -75,7 +75,26 @@ def test_padding(side):
         where = slice(3 - len(ids), 3) if side == "left" else slice(len(ids))
         assert tokens[b, where].tolist() == ids
         assert mask[b, where].all() and mask[b].sum() == len(ids)
-        assert not tokens[b][~mask[b]].any()
+        assert (tokens[b][~mask[b]] == -1).all()
+
+
+def test_width():
+    tokenizer = byte_level()
+    prompts = ["Mary", "Mary Mary Mary"]
+    whole = encode(tokenizer, prompts)
+    assert whole.width == 3
+    for wide in (encode(tokenizer, prompts, width=5), encode(tokenizer, prompts, pad_to=5)):
+        assert (wide.width, len(wide), wide.shape) == (5, 2, (2, 5))
+        np.testing.assert_array_equal(wide.tokens[:, 2:], whole.tokens)
+        np.testing.assert_array_equal(wide.mask[:, 2:], whole.mask)
+    assert encode(tokenizer, prompts, pad_to=3, side="right").width == 3
+    with pytest.raises(ValueError, match="`width` must be no less than the longest prompt, got 2"):
+        encode(tokenizer, prompts, width=2)
+    for wrong in (0, -1, 2.5, True):
+        with pytest.raises(ValueError, match="`width` must be a positive int"):
+            encode(tokenizer, prompts, width=wrong)
+        with pytest.raises(ValueError, match="`pad_to` must be a positive int"):
+            encode(tokenizer, prompts, pad_to=wrong)
 
 
 def test_bad_prompts():
@@ -152,7 +171,7 @@ def test_torch_is_not_imported(tmp_path):
     code = (
         "import sys; from arrakis_jax.text import encode, tokenizer_for\n"
         "assert 'transformers' not in sys.modules\n"
-        f"print(encode(tokenizer_for({str(tmp_path)!r}), 'Mary')[0], 'torch' in sys.modules)"
+        f"print(encode(tokenizer_for({str(tmp_path)!r}), 'Mary').tokens, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[[1 7]] False"
@@ -163,7 +182,7 @@ def test_stories(stories):
     assert tokenizer.convert_ids_to_tokens(token_id(tokenizer, " Lily")) == "▁Lily"
     assert token_id(tokenizer, " Lily") == token_id(tokenizer, "Lily")
     text = "Lily saw a ball."
-    ids = encode(tokenizer, text)[0][0]
+    ids = encode(tokenizer, text).tokens[0]
     assert ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(ids[1:]) == text
     with pytest.raises(ValueError, match=r"exactly one token, got ' Mary', .*'▁M', 'ar', 'y'\]"):

@@ -17,9 +17,10 @@ from jax.core import Tracer
 from arrakis_jax.core.axes import Array, Bool, Int
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
+from arrakis_jax.core.prompts import PADDING_ID, Prompts
 
 # Argument types, spelled for the docstrings of public functions.
-Tokens = Int[Array, "B T"] | np.ndarray | list
+Tokens = Int[Array, "B T"] | np.ndarray | list | Prompts
 Mask = Bool[Array, "B T"] | np.ndarray | list
 Ids = int | Int[Array, "..."] | np.ndarray | list
 
@@ -44,8 +45,10 @@ def checked_tokens(
     Raises:
         TypeError: tokens that are not integers, or a mask that is neither bool nor integer.
         ValueError: wrong rank or shape, an id outside of the vocabulary at a real token, mask
-            values other than 0 and 1, a row without a real token, more tokens than positions.
+            values other than 0 and 1, a row without a real token, more tokens than positions, a
+            mask other than that of the prompts.
     """
+    tokens, mask = tokens_and_mask(tokens, mask)
     if is_dataclass(tokens):  # a residual stream, or a model's output
         got, do = type(tokens).__name__, "this runs the model: pass its `tokens` and `mask`"
         raise TypeError(expected(name, "token ids `[B,T]`", got, do))
@@ -69,11 +72,11 @@ def checked_tokens(
             wrong &= real
         if wrong.any():
             b, t = np.argwhere(wrong)[0]
-            raise ValueError(
-                expected(name, f"in [0, {config.vocab_size}) at real tokens",
-                         f"{ids[b, t]} at row {b}, column {t}",
-                         "use this model's tokenizer, or mask padding out")
-            )  # fmt: skip
+            do = "use this model's tokenizer, or mask padding out"
+            if ids[b, t] == PADDING_ID:
+                do = "this id marks padding: pass the batch's mask, or all that `encode` returned"
+            must, got = f"in [0, {config.vocab_size}) at real tokens", f"{ids[b, t]} at row {b}"
+            raise ValueError(expected(name, must, f"{got}, column {t}", do))
     if config.positions == "learned":
         # Padding takes no position of the table, so the longest row of real tokens counts.
         longest = tokens.shape[1]
@@ -85,6 +88,18 @@ def checked_tokens(
                          f"{longest}", "this model has no positions beyond; cut the text")
             )  # fmt: skip
     return _int32(tokens), mask
+
+
+def tokens_and_mask(tokens: Any, mask: Any) -> tuple[Any, Any]:
+    """Tokens and their mask: of `Prompts`, their own. ValueError for another mask beside it."""
+    if not isinstance(tokens, Prompts):
+        return tokens, mask
+    if mask is not None and mask is not tokens.mask:
+        given, own = host(mask), host(tokens.mask)
+        if given is not None and own is not None and not np.array_equal(given, own):
+            got, do = "another one", "leave it out: the prompts carry their mask"
+            raise ValueError(expected("mask", "the prompts' own, or None", got, do))
+    return tokens.tokens, tokens.mask
 
 
 def _checked_mask(mask: Any, shape: tuple, check: bool) -> tuple[Array, np.ndarray | None]:

@@ -62,7 +62,7 @@ def residual_decomposition(
 
     Example:
         >>> model, tokenizer = demo_model()
-        >>> out = run(model, encode(tokenizer, "Alice and Tom")[0])
+        >>> out = run(model, encode(tokenizer, "Alice and Tom"))
         >>> parts = residual_decomposition(out, -1)
         >>> total = parts.from_prev + parts.from_attn + parts.from_mlp + parts.from_norm
         >>> bool((total == out.residuals.resid_post[-1]).all())

@@ -141,7 +141,7 @@ def resume(
 
     Example:
         >>> model, tokenizer = demo_model()
-        >>> out = run(model, encode(tokenizer, "Alice and Tom")[0])
+        >>> out = run(model, encode(tokenizer, "Alice and Tom"))
         >>> again = resume(model, out.residuals.resid_pre[2], 2)
         >>> bool(jnp.allclose(again.logits, out.logits, atol=1e-3))
         True

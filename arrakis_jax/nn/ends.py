@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from arrakis_jax.core.axes import Array, Float, Int, over
+from arrakis_jax.core.checks import tokens_and_mask
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.numerics import contract
 from arrakis_jax.nn.linear import product, softcap
@@ -68,6 +69,7 @@ class Ends(nnx.Module):
         self, tokens: Int[Array, "B T"], *, mask: Array | None = None
     ) -> Float[Array, "B T D"]:
         """Token plus learned position embedding: the stream entering block 0, zero at padding."""
+        tokens, mask = tokens_and_mask(tokens, mask)
         padding = Padding.of(tokens.shape, mask)
         # Any id may stand at padding, even one outside of the vocabulary, which would give NaN.
         if padding.mask is not None:

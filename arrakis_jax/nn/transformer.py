@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from arrakis_jax.core.axes import Array, Bool, Float, Int
+from arrakis_jax.core.checks import tokens_and_mask
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
 from arrakis_jax.nn.block import Block
@@ -106,8 +107,8 @@ class Transformer(Ends):
         """The logits and the residual stream.
 
         Args:
-            tokens: token ids; ids at padding are not read. An id outside of the vocabulary
-                makes its own row NaN (`run` raises instead).
+            tokens: token ids, or Prompts; ids at padding are not read. An id outside of the
+                vocabulary makes its own row NaN (`run` raises instead).
             mask: True (or 1) at real tokens; None when all are.
             capture: what to return: "residuals", "all", a tuple of field names, or a Capture.
             edits: changes to the forward, in order.
@@ -115,6 +116,7 @@ class Transformer(Ends):
                 gradient with respect to a tap of zeros is the gradient at its site. Or functions
                 of a site's value, as pytrees with such leaves.
         """
+        tokens, mask = tokens_and_mask(tokens, mask)
         return self.after_embedding(
             self.embed(tokens, mask=mask),
             tokens=tokens,

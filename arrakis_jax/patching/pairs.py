@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from arrakis_jax.core.axes import Array
-from arrakis_jax.core.checks import checked_choice, checked_tokens
+from arrakis_jax.core.checks import checked_choice, checked_tokens, host, tokens_and_mask
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
+from arrakis_jax.core.prompts import PADDING_ID
 from arrakis_jax.forward.targets import Target, read_target
 from arrakis_jax.nn.transformer import Transformer
 from arrakis_jax.results.record import ABSENT
@@ -43,10 +44,14 @@ def checked_pair(
     """The tokens of a batch of pairs, of one shape and mask, as base and source.
 
     Raises:
-        TypeError, ValueError: for tokens or a mask that do not fit, or pairs of unequal shape.
+        TypeError, ValueError: for tokens or a mask that do not fit, or pairs of unequal length.
     """
     checked_choice("base", base, ("clean", "corrupt"))
     checked_choice("patch", patch, PATCHES)
+    clean, mask = tokens_and_mask(clean, mask)
+    corrupt, other = tokens_and_mask(corrupt, None)
+    if other is not None and mask is None:  # the clean prompts are ids alone, of no padding
+        mask = np.ones(np.shape(clean), bool)
     clean, real = checked_tokens(model.config, clean, mask, check=check, name="clean")
     if corrupt is None:
         if patch == "zero" and base == "clean":
@@ -61,9 +66,36 @@ def checked_pair(
         do = "make pairs of equal length, token for token"
         must = f"of clean's shape {clean.shape}"
         raise ValueError(expected("corrupt", must, f"shape {shape}", do))
+    _check_lengths(clean, corrupt, mask, other)
     corrupt, _ = checked_tokens(model.config, corrupt, mask, check=check, name="corrupt")
     pair = (clean, corrupt) if base == "clean" else (corrupt, clean)
     return Pair(*pair, real)
+
+
+def _check_lengths(clean: Any, corrupt: Any, mask: Any, other: Any) -> None:
+    """Raises ValueError if a corrupt prompt's real tokens are not where its clean one's are."""
+    if mask is None:
+        return
+    real, ids, clean_ids = host(mask), host(corrupt), host(clean)
+    if real is None or ids is None or clean_ids is None:
+        return
+    real = real.astype(bool)
+    if other is None:
+        # Bare ids show their padding only if it is marked, as `encode` does. Else any id may be
+        # padding, and the common mask is believed.
+        marked = not real.all() and (clean_ids[~real] == PADDING_ID).all()
+        if not marked and not (ids == PADDING_ID).any():
+            return
+        other = ids != PADDING_ID if marked else (ids != PADDING_ID) | ~real
+    others = np.asarray(other).astype(bool)
+    unequal = np.flatnonzero((real != others).any(-1))
+    if unequal.size:
+        b = unequal[0]
+        got = f"{others[b].sum()} tokens where clean has {real[b].sum()}, in row {b}"
+        if others[b].sum() == real[b].sum():
+            got = f"padding on another side than clean, in row {b}"
+        do = "patches go from token to token: make pairs of equal length, padded alike"
+        raise ValueError(expected("corrupt", "of each clean prompt's length", got, do))
 
 
 def as_names(argument: str, names: Any) -> tuple[str, ...]:

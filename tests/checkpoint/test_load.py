@@ -165,7 +165,7 @@ def test_stories_continue_as_published(stories):
         tokenizer_for,
     )
 
-    want = encode(tokenizer_for(stories), published)[0][0]
+    want = encode(tokenizer_for(stories), published).tokens[0]
     assert len(want) > 60
     model = from_pretrained(stories)
     step = jax.jit(lambda tokens, mask: model(tokens, mask=mask, capture=("logits",)).logits)

@@ -57,7 +57,7 @@ def test_transformers_loads_it_and_agrees(demo):
 def test_any_text_survives_the_tokenizer(demo):
     _, tokenizer = demo
     for written in (SENTENCE, "Zebras, wörter und 数字!"):
-        ids = encode(tokenizer, written)[0][0]
+        ids = encode(tokenizer, written).tokens[0]
         assert ids[0] == tokenizer.bos_token_id and list(ids).count(ids[0]) == 1
         assert tokenizer.decode(ids[1:]) == f" {written}"
 
