@@ -1,7 +1,6 @@
 """The command line: `arrakis-jax analyze`, `arrakis-jax info` and `arrakis-jax convert`."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -21,6 +20,7 @@ from arrakis_jax.checkpoint import from_pretrained, new_folder, save
 from arrakis_jax.core.errors import expected
 from arrakis_jax.decomposition.logit_attribution import LogitAttribution, logit_attribution
 from arrakis_jax.demo import FOLDER
+from arrakis_jax.forward.compilation_cache import compilation_cache
 from arrakis_jax.forward.run import run
 from arrakis_jax.movement.residual_movement import movement
 from arrakis_jax.nn.transformer import Transformer
@@ -81,7 +81,7 @@ def analyze(
         ):
             must, do = "a file in an existing folder", "name a file, and make its folder first"
             raise ValueError(expected("--json", must, repr(str(json_file)), do))
-        _use_compilation_cache()
+        compilation_cache()
         source = FOLDER if model is None else model
         # The default sentence is asked about its two names.
         if text == SENTENCE and target is None and against is None and model is None:
@@ -264,16 +264,6 @@ def _name(term: dict[str, Any]) -> str:
         return term["kind"]
     index = "" if term["index"] is None else f" {term['index']}"
     return f"layer {term['layer']} {term['kind']}{index}"
-
-
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs between calls, unless JAX has a folder for them already."""
-    # Most of a first call's time is compilation. Programs of less than a tenth of a second are not
-    # worth a file.
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(caches / "arrakis_jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @contextmanager

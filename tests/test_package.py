@@ -1,6 +1,7 @@
 """The package as a whole: what is public, what imports what, and how it is documented."""
 
 import ast
+import importlib.metadata
 import inspect
 import re
 import subprocess
@@ -72,6 +73,12 @@ def test_imports_point_upwards():
     assert not wrong
 
 
+PUBLIC = {
+    name for name, value in vars(arrakis_jax).items()
+    if not name.startswith("_") and not inspect.ismodule(value)
+}  # fmt: skip
+
+
 def test_the_packages_docstring_has_these_layers():
     rows = re.findall(r"^    (\d+) +(\w+) ", arrakis_jax.__doc__ or "", re.MULTILINE)
     layers = [(str(i), name) for i, names in enumerate(LAYERS, 1) for name in names]
@@ -79,11 +86,6 @@ def test_the_packages_docstring_has_these_layers():
 
 
 def test_the_public_names_are_these():
-    assert arrakis_jax.__all__ == sorted(arrakis_jax.__all__)
-    names = {n for n, v in vars(arrakis_jax).items() if not n.startswith("_")}
-    assert set(arrakis_jax.__all__) == {
-        n for n in names if not inspect.ismodule(getattr(arrakis_jax, n))
-    }
     promised = """
         ModelConfig config_for Transformer run resume ModelOutput ResidualStream Capture capture_for
         Set Add Scale Project Replace from_pretrained tokenizer_for encode token_id save demo_model
@@ -91,11 +93,33 @@ def test_the_public_names_are_these():
         movement_matrix feature_attribution Attribution residual_gradients ResidualTools
         Decomposition NotCapturedError CheckpointError cpu_compiler_options
     """.split()
-    assert set(promised) <= set(arrakis_jax.__all__)
+    assert set(promised) <= PUBLIC
+
+
+def test_a_star_import_brings_the_tools_alone():
+    assert arrakis_jax.__all__ == sorted(arrakis_jax.__all__)
+    tools = {name for name in PUBLIC if inspect.isfunction(getattr(arrakis_jax, name))}
+    assert set(arrakis_jax.__all__) == tools - {"run", "resume", "save"}
+
+
+def test_a_checkout_that_is_not_installed_can_be_imported():
+    code = f"""
+import importlib.metadata, sys
+sys.path.insert(0, {str(ROOT.parent)!r})
+def version(name, known=importlib.metadata.version):
+    if name == "arrakis-jax":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return known(name)
+importlib.metadata.version = version
+import arrakis_jax
+print(arrakis_jax.__version__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == importlib.metadata.version("arrakis-jax")
 
 
 def test_public_names_are_documented():
-    for name in arrakis_jax.__all__:
+    for name in sorted(PUBLIC):
         thing = getattr(arrakis_jax, name)
         text = inspect.getdoc(thing) or ""
         assert text and not text.startswith(f"{name}("), name
@@ -104,7 +128,7 @@ def test_public_names_are_documented():
 
 
 def test_four_positional_arguments_at_most():
-    for name in arrakis_jax.__all__:
+    for name in sorted(PUBLIC):
         thing = getattr(arrakis_jax, name)
         if inspect.isfunction(thing):
             kinds = [p.kind for p in inspect.signature(thing).parameters.values()]

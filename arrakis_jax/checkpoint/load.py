@@ -34,6 +34,7 @@ from arrakis_jax.checkpoint.weights import ParameterSource, finite, sources
 from arrakis_jax.core.axes import Array
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import CheckpointError, expected
+from arrakis_jax.core.placement import auto_mesh
 from arrakis_jax.families import family_for
 from arrakis_jax.families.base import Family
 from arrakis_jax.nn.transformer import Transformer
@@ -80,7 +81,7 @@ def from_pretrained(
         UserWarning: for weights that are infinite or not a number.
     """
     dtype = None if dtype is None else _checked_dtype(dtype)
-    mesh = _auto(mesh)
+    mesh = None if mesh is None else auto_mesh(mesh)
     folder = weights_folder(path_or_repo_id, revision)
     chosen = {"stream_dtype": stream_dtype, "matmul_precision": matmul_precision}
     chosen = {name: value for name, value in chosen.items() if value is not None}
@@ -169,16 +170,6 @@ def _widest(by_parameter: dict[str, ParameterSource]) -> str:
     if dtypes == {STORED["BF16"]}:
         return "bfloat16"
     return np.result_type(np.float32, *dtypes).name
-
-
-def _auto(mesh: Any) -> Mesh | None:
-    """The mesh with Auto axes. Explicit axes, JAX's default, would break plain model code."""
-    if mesh is None:
-        return None
-    if not isinstance(mesh, Mesh):
-        do = "make one with jax.make_mesh"
-        raise TypeError(expected("mesh", "a jax.sharding.Mesh or None", type(mesh).__name__, do))
-    return Mesh(mesh.devices, mesh.axis_names)
 
 
 def _checked_dtype(dtype: Any) -> str:

@@ -17,6 +17,7 @@ from jax.core import Tracer
 from arrakis_jax.core.axes import Array, Bool, Int
 from arrakis_jax.core.config import ModelConfig
 from arrakis_jax.core.errors import expected
+from arrakis_jax.core.placement import auto_placed
 from arrakis_jax.core.prompts import PADDING_ID, Prompts
 
 # Argument types, spelled for the docstrings of public functions.
@@ -294,7 +295,7 @@ def _int32(value: Any, shape: tuple[int, ...] | None = None) -> Any:
 def _array(name: str, value: Any, contents: str) -> Any:
     """The value as an array of JAX or numpy; TypeError for ragged lists and text."""
     if isinstance(value, jax.Array):
-        return value
+        return auto_placed(value)
     try:
         array = np.asarray(value)
     except ValueError:

@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from arrakis_jax.core.axes import Bool, Int
+from arrakis_jax.core.placement import rows_over
 
 # The id at padding. No vocabulary has it, so ids that lost their mask are refused, not run.
 PADDING_ID = -1
@@ -66,6 +68,14 @@ class Prompts:
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         """The ids."""
         return np.array(self.tokens, dtype, copy=copy)
+
+    def place(self, mesh: Mesh, axis: str = "data") -> "Prompts":
+        """The prompts divided over an axis of a mesh: each device then runs its own rows.
+
+        Raises:
+            ValueError: if the mesh has no such axis, or the number of prompts does not divide.
+        """
+        return rows_over(self, mesh, axis)
 
     def __repr__(self) -> str:
         """The shape, and how many tokens are real."""

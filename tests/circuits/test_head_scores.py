@@ -8,8 +8,7 @@ import pytest
 
 from arrakis_jax import run
 from arrakis_jax.circuits.head_scores import head_scores, repeated_tokens
-from tests.induction import N, induction_model
-from tests.induction import V as VOCAB
+from tests.induction import N, V as VOCAB, induction_model
 from tests.models import batch, chosen, close, compilations, model
 
 VARIANTS = ("llama", "gpt2", "parallel", "stream_after", "mixed", "gpt_oss", "attention_only",
