@@ -72,10 +72,10 @@ def run_circuit(
 
     Example:
         >>> model, tokenizer = demo_model()
-        >>> clean, mask = encode(tokenizer, "Alice and Tom met, Tom gave a book to")
-        >>> corrupt, _ = encode(tokenizer, "Alice and Tom met, Alice gave a book to")
+        >>> clean = encode(tokenizer, "Alice and Tom met, Tom gave a book to")
+        >>> corrupt = encode(tokenizer, "Alice and Tom met, Alice gave a book to")
         >>> every = jnp.asarray(Graph.of(model.config).edges)[None]
-        >>> run_circuit(model, clean, corrupt, Logit(3), circuits=every, mask=mask).shape
+        >>> run_circuit(model, clean, corrupt, Logit(3), circuits=every).shape
         (1, 1)
     """
     graph = Graph.of(model.config)
@@ -295,12 +295,12 @@ def circuit_faithfulness(
 
     Example:
         >>> model, tokenizer = demo_model()
-        >>> clean, mask = encode(tokenizer, "Alice and Tom met, Tom gave a book to")
-        >>> corrupt, _ = encode(tokenizer, "Alice and Tom met, Alice gave a book to")
+        >>> clean = encode(tokenizer, "Alice and Tom met, Tom gave a book to")
+        >>> corrupt = encode(tokenizer, "Alice and Tom met, Alice gave a book to")
         >>> alice, tom = (token_id(tokenizer, name) for name in (" Alice", " Tom"))
         >>> pair = (model, clean, corrupt, Logit(alice, tom))
-        >>> scores = edge_attribution(*pair, steps=5, mask=mask).effects.mean(-1)
-        >>> curve = circuit_faithfulness(*pair, scores=scores, fractions=(0.1, 1.0), mask=mask)
+        >>> scores = edge_attribution(*pair, steps=5).effects.mean(-1)
+        >>> curve = circuit_faithfulness(*pair, scores=scores, fractions=(0.1, 1.0))
         >>> float(curve.of_means[1].round(3))
         1.0
 

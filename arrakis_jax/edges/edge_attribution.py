@@ -132,11 +132,11 @@ def edge_attribution(
 
     Example:
         >>> model, tokenizer = demo_model()
-        >>> clean, mask = encode(tokenizer, "Alice and Tom met, Tom gave a book to")
-        >>> corrupt, _ = encode(tokenizer, "Alice and Tom met, Alice gave a book to")
+        >>> clean = encode(tokenizer, "Alice and Tom met, Tom gave a book to")
+        >>> corrupt = encode(tokenizer, "Alice and Tom met, Alice gave a book to")
         >>> alice, tom = (token_id(tokenizer, name) for name in (" Alice", " Tom"))
         >>> pair = (model, clean, corrupt, Logit(alice, tom))
-        >>> edges = edge_attribution(*pair, method=EAPIG(steps=5), mask=mask)
+        >>> edges = edge_attribution(*pair, method=EAPIG(steps=5))
         >>> edges.effects.shape == (edges.graph.n_readers, edges.graph.n_writers, 1)
         True
 

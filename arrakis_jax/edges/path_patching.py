@@ -106,8 +106,8 @@ def path_patching(
 
     Example:
         >>> model, tokenizer = demo_model()
-        >>> clean, mask = encode(tokenizer, "Alice and Tom met, Tom gave a book to")
-        >>> corrupt, _ = encode(tokenizer, "Alice and Tom met, Alice gave a book to")
+        >>> clean = encode(tokenizer, "Alice and Tom met, Tom gave a book to")
+        >>> corrupt = encode(tokenizer, "Alice and Tom met, Alice gave a book to")
         >>> alice, tom = (token_id(tokenizer, name) for name in (" Alice", " Tom"))
         >>> edges = [((0, "head", 2), (3, "k", 1)), ((3, "mlp"), (None, "final"))]
         >>> paths = path_patching(model, clean, corrupt, Logit(alice, tom), edges=edges)

@@ -36,14 +36,14 @@ prompts = [indirect_object(rng, order=order, held_out=True) for order in ("ABBA"
 clean_texts = [p.text for p in prompts]
 # The last mention of a name is the giver.
 corrupt_texts = [p.answer.join(p.text.rsplit(p.other, 1)) for p in prompts]
-clean, mask = encode(tokenizer, clean_texts)
-corrupt, _ = encode(tokenizer, corrupt_texts)
+clean = encode(tokenizer, clean_texts)
+corrupt = encode(tokenizer, corrupt_texts)
 target = Logit(
     np.array([token_id(tokenizer, p.answer) for p in prompts]),
     against=np.array([token_id(tokenizer, p.other) for p in prompts]),
 )
 
-options = {"sites": "q", "over": ("layer", "head"), "mask": mask}
+options = {"sites": "q", "over": ("layer", "head")}
 exact = patch_sweep(model, clean, corrupt, target, **options)
 print(clean_texts[0], corrupt_texts[0], sep="\n")
 print(f"logit difference {exact.base.mean():.1f}", end=", ")

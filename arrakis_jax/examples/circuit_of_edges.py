@@ -30,22 +30,22 @@ from arrakis_jax.demo.text import indirect_object
 model, tokenizer = demo_model()
 rng = np.random.default_rng(0)
 prompts = [indirect_object(rng, order=order, held_out=True) for order in ("ABBA", "BABA") * 32]
-clean, mask = encode(tokenizer, [p.text for p in prompts])
+clean = encode(tokenizer, [p.text for p in prompts])
 # The last mention of a name is the giver.
-corrupt, _ = encode(tokenizer, [p.answer.join(p.text.rsplit(p.other, 1)) for p in prompts])
+corrupt = encode(tokenizer, [p.answer.join(p.text.rsplit(p.other, 1)) for p in prompts])
 target = Logit(
     np.array([token_id(tokenizer, p.answer) for p in prompts]),
     against=np.array([token_id(tokenizer, p.other) for p in prompts]),
 )
 
-edges = edge_attribution(model, clean, corrupt, target, steps=5, mask=mask)
+edges = edge_attribution(model, clean, corrupt, target, steps=5)
 scores = edges.effects.mean(-1)
 flat = scores.reshape(-1)
 for i in np.argsort(-np.abs(flat))[:3]:
     print(f"{flat[i]:+.2f} {edges.labels[int(i)]}")
 
 circuits = circuit_faithfulness(
-    model, clean, corrupt, target, scores=scores, fractions=(0.1, 0.2, 0.5), mask=mask
+    model, clean, corrupt, target, scores=scores, fractions=(0.1, 0.2, 0.5)
 )
 for n_edges, share in zip(circuits.n_edges, circuits.of_means, strict=True):
     print(f"{n_edges} of {edges.graph.edges.sum()} edges: {100 * share:.0f} %", end=" ")

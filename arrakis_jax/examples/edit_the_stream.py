@@ -16,11 +16,11 @@ Prints:
 from arrakis_jax import Add, Project, Replace, demo_model, encode, run, token_id
 
 model, tokenizer = demo_model()
-tokens, mask = encode(tokenizer, "When Mary and John went to the store, John gave a drink to")
-swapped, _ = encode(tokenizer, "When Mary and John went to the store, Mary gave a drink to")
+prompt = encode(tokenizer, "When Mary and John went to the store, John gave a drink to")
+swapped = encode(tokenizer, "When Mary and John went to the store, Mary gave a drink to")
 mary, john = token_id(tokenizer, " Mary"), token_id(tokenizer, " John")
 
-other = run(model, swapped, mask=mask).residuals
+other = run(model, swapped).residuals
 toward_john = model.unembedding(john) - model.unembedding(mary)
 # The stream before layer 2, at the last token alone.
 last = other.resid_pre[2, :, -1]
@@ -32,5 +32,5 @@ edits = {
     "no direction between the names": Project("final", toward_john),
 }
 for name, edit in edits.items():
-    logits = run(model, tokens, mask=mask, edits=edit).logits[0, -1]
+    logits = run(model, prompt, edits=edit).logits[0, -1]
     print(f"{logits[mary] - logits[john]:+.2f} with {name}")

@@ -149,8 +149,8 @@ def attribution_patching(
 
     Example:
         >>> model, tokenizer = demo_model()
-        >>> clean, mask = encode(tokenizer, "Alice and Tom met, Tom gave a book to")
-        >>> corrupt, _ = encode(tokenizer, "Alice and Tom met, Alice gave a book to")
+        >>> clean = encode(tokenizer, "Alice and Tom met, Tom gave a book to")
+        >>> corrupt = encode(tokenizer, "Alice and Tom met, Alice gave a book to")
         >>> alice, tom = (token_id(tokenizer, name) for name in (" Alice", " Tom"))
         >>> estimates = attribution_patching(
         ...     model, clean, corrupt, Logit(alice, tom), sites=("z", "mlp_out"), method="atp_star"

@@ -78,8 +78,8 @@ def patch_sweep(
 
     Example:
         >>> model, tokenizer = demo_model()
-        >>> clean, mask = encode(tokenizer, "Alice and Tom met, Tom gave a book to")
-        >>> corrupt, _ = encode(tokenizer, "Alice and Tom met, Alice gave a book to")
+        >>> clean = encode(tokenizer, "Alice and Tom met, Tom gave a book to")
+        >>> corrupt = encode(tokenizer, "Alice and Tom met, Alice gave a book to")
         >>> alice, tom = (token_id(tokenizer, name) for name in (" Alice", " Tom"))
         >>> sweep = patch_sweep(
         ...     model, clean, corrupt, Logit(alice, tom), sites="z", over=("layer", "head")
