@@ -1,5 +1,7 @@
 """The three tools bound to a model, with the signatures of Arrakis' Residual Tools."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from arrakis_jax.attribution.feature_attribution import Attribution, feature_attribution

@@ -1,5 +1,7 @@
 """Tokenizers of checkpoints, prompts as padded batches, and the id of a token."""
 
+from __future__ import annotations
+
 import os
 import re
 import shutil

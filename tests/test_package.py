@@ -127,6 +127,15 @@ def test_public_names_are_documented():
             assert "Args:" in text, name
 
 
+def test_help_names_types():
+    """`help` shows `tokens: 'Tokens'`, and not what the name stands for."""
+    for name in sorted(PUBLIC):
+        thing = getattr(arrakis_jax, name)
+        if inspect.isfunction(thing):
+            signature = str(inspect.signature(thing))
+            assert not re.search(r"jaxtyping|numpy\.|arrakis_jax\.", signature), signature
+
+
 def test_four_positional_arguments_at_most():
     for name in sorted(PUBLIC):
         thing = getattr(arrakis_jax, name)

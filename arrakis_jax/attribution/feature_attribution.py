@@ -1,5 +1,7 @@
 """Which input tokens caused a target: gradients, integrated gradients and perturbations."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

@@ -1,5 +1,7 @@
 """Gradients of a target at every site of the forward, in one backward pass."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate

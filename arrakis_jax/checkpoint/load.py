@@ -5,6 +5,8 @@ device's share of it. On a CPU JAX uses that array as it is, so loading takes no
 the model. torch is imported only for weights in torch's own format.
 """
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

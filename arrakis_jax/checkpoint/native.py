@@ -1,5 +1,7 @@
 """Native checkpoints: the weights as Orbax writes them, and the config in a JSON file."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import asdict
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Rows of the direct path from one token to the next: the bigrams that a model knows."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 
 from arrakis_jax.circuits.vocabulary import Rows, TopTokens, checked_rows, embedded_rows, top_tokens

@@ -1,5 +1,7 @@
 """How strongly later heads read what earlier heads write, from weights alone."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -71,11 +73,11 @@ class Composition(Record):
     baseline: float = field(metadata={"static": True})
 
     @property
-    def excess(self) -> "Composition":
+    def excess(self) -> Composition:
         """Scores minus the baseline, whose own baseline is then zero."""
         return self._shifted(self.baseline, 1.0)
 
-    def z_scores(self, random: CompositionBaseline) -> "Composition":
+    def z_scores(self, random: CompositionBaseline) -> Composition:
         """Scores in standard deviations above the mean of random heads, of Gaussian weights.
 
         Trained heads scatter more than random ones, because few of their singular values are
@@ -84,7 +86,7 @@ class Composition(Record):
         return self._shifted(random.mean, random.std)
 
     @property
-    def oriented_z_scores(self) -> "Composition":
+    def oriented_z_scores(self) -> Composition:
         """Z-scores of how each pair is oriented, given its singular values.
 
         If the two matrices stood in random orientation to each other, their squared score would
@@ -101,7 +103,7 @@ class Composition(Record):
             values[kind] = self._of_pairs(ratio(squares, jnp.sqrt(jnp.maximum(variance, 0))))
         return replace(self, **values, baseline=0.0)
 
-    def _shifted(self, mean: Array | float, std: Array | float) -> "Composition":
+    def _shifted(self, mean: Array | float, std: Array | float) -> Composition:
         values = {kind: self._of_pairs((getattr(self, kind) - mean) / std) for kind in _KINDS}
         return replace(self, **values, baseline=0.0)
 
@@ -199,7 +201,7 @@ def _narrow(matrix: Factored) -> Float[Array, "... D K"]:
     return ratio(narrow, jnp.linalg.norm(narrow, axis=(-2, -1), keepdims=True))
 
 
-def _concentration(narrow: Float[Array, "... D K"]) -> Float[Array, "..."]:
+def _concentration(narrow: Float[Array, "... D K"]) -> Float[Array, ...]:
     """`sum(s^4)` of matrices with `sum(s^2) = 1`."""
     gram = contract("...DK,...DM->...KM", narrow, narrow)
     return jnp.sum(jnp.square(gram), (-2, -1))

@@ -4,6 +4,8 @@ A head's circuit between tokens, V x V, is never formed: its nonzero eigenvalues
 K x K matrix.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import jax

@@ -1,5 +1,7 @@
 """What each head looks at: the previous token, the first, an earlier copy, or what followed it."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
 

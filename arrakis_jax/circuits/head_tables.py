@@ -1,5 +1,7 @@
 """Rows of the tables of one head: which tokens it seeks, and what it makes of them."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import jax

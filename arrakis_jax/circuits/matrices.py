@@ -3,6 +3,8 @@
 Elhage et al. 2021. No D x D matrix is formed: everything comes from the factors.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

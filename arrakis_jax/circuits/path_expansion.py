@@ -1,5 +1,7 @@
 """A logit as the sum over every path through heads."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 

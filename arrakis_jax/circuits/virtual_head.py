@@ -1,5 +1,7 @@
 """Two heads in a row, taken as one."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import jax

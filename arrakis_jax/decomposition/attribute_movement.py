@@ -1,5 +1,7 @@
 """Who moved the stream: the change between two of its points, split over the terms written."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import Any
 

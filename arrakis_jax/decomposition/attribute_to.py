@@ -1,5 +1,7 @@
 """The terms that write along any direction, at any point of the stream."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import Any
 

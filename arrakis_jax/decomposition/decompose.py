@@ -1,5 +1,7 @@
 """The stream at one point as the sum of all that was written before it, kept as factors."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from arrakis_jax.core.checks import Mask, checked_layers, checked_positions

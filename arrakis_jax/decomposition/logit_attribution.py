@@ -1,5 +1,7 @@
 """How much each term of the stream adds to a logit, with the final norm's scale as observed."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 

@@ -1,5 +1,7 @@
 """The logit lens: the model's predictions if it stopped at each point of the stream."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -203,7 +205,7 @@ class Found(NamedTuple):
     tokens: Int[Array, "B T k"]
 
     @classmethod
-    def none(cls, shape: tuple[int, ...], k: int, dtype: jnp.dtype) -> "Found":
+    def none(cls, shape: tuple[int, ...], k: int, dtype: jnp.dtype) -> Found:
         """The state before the first chunk."""
         zero = jnp.zeros(shape, dtype)
         return cls(
@@ -227,7 +229,7 @@ class Chunk(NamedTuple):
     start: Int[Array, ""]
 
     @classmethod
-    def at(cls, start: Array, size: int, vocab: int) -> "Chunk":
+    def at(cls, start: Array, size: int, vocab: int) -> Chunk:
         """The chunk from `start`, moved back if it would reach beyond the vocabulary."""
         # All chunks have one size, as a scan needs. The last one repeats tokens: `new` skips them.
         ids = jnp.minimum(start, vocab - size) + jnp.arange(size, dtype=jnp.int32)

@@ -1,5 +1,7 @@
 """The stream after one layer, as the stream before it plus the layer's writes."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,5 +1,7 @@
 """The largest terms of a logit. They are chosen as the layers run, so the others are not kept."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -130,14 +132,14 @@ class Largest:
     through: Array
 
     @classmethod
-    def none(cls, shape: tuple[int, ...], k: int, dtype: Any) -> "Largest":
+    def none(cls, shape: tuple[int, ...], k: int, dtype: Any) -> Largest:
         """The state before any term."""
         # No absolute value is below -1, so every real term displaces an empty place.
         zero, whole = jnp.zeros((*shape, k), dtype), jnp.zeros((*shape, k), int)
         total = jnp.zeros(shape, dtype)
         return cls(zero - 1, zero, whole, whole, total, total, total + 1)
 
-    def past(self, passed: Float[Array, "B T"]) -> "Largest":
+    def past(self, passed: Float[Array, "B T"]) -> Largest:
         """The state after norms on the stream, which multiply all earlier terms.
 
         The factors are positive, so the k largest terms stay the k largest.
@@ -154,7 +156,7 @@ class Largest:
 
     def and_of(
         self, terms_mBT: Float[Array, "m B T"], layer: Array | int, listed: Array | bool = True
-    ) -> "Largest":
+    ) -> Largest:
         """The state after these terms of a layer, if the layer is listed."""
         # Whether a layer is listed is traced. A layer that is not gets the size -1, which keeps
         # its terms out, and zeros as terms, which leave the sums as they are.

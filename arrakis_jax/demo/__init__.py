@@ -1,5 +1,7 @@
 """The small trained model that is shipped with the package."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

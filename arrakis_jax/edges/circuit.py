@@ -1,5 +1,7 @@
 """Circuits: the model with only some of its edges intact, and how faithful that is."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

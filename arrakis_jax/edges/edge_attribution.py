@@ -1,5 +1,7 @@
 """The effect of every edge to first order, at the base run (EAP) or along a path (EAP-IG)."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar

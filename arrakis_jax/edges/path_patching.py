@@ -1,5 +1,7 @@
 """Exact patching of edges: one reader reads what one writer would have written."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -172,7 +174,7 @@ class _Ends(NamedTuple):
     reader_head: Any
 
     @classmethod
-    def of(cls, graph: Graph, edges: tuple[Edge, ...]) -> "_Ends":
+    def of(cls, graph: Graph, edges: tuple[Edge, ...]) -> _Ends:
         """The ends of these edges."""
         rows = [
             (

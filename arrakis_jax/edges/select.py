@@ -1,5 +1,7 @@
 """Which edges make a circuit: the largest, or the largest that are connected to the output."""
 
+from __future__ import annotations
+
 import heapq
 from typing import Any
 

@@ -1,5 +1,7 @@
 """How well estimated effects agree with exact ones: ranks, signs, and missed effects."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import Any
 

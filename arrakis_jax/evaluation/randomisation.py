@@ -1,5 +1,7 @@
 """Does an attribution depend on what the model has learned? With random weights it must change."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Does the output need the tokens that an attribution names? Take them away and see."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 

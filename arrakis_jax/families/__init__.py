@@ -1,5 +1,7 @@
 """Model families: one small file for each; a new file in this folder is found by itself."""
 
+from __future__ import annotations
+
 import pkgutil
 from collections.abc import Mapping
 from functools import cache

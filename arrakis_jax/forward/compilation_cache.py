@@ -1,5 +1,7 @@
 """Compiled programs kept on disk, so that the next process need not compile them again."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 

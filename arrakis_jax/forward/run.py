@@ -1,5 +1,7 @@
 """Compiled, checked entries to the forward, and the decorator that compiles every tool."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any

@@ -1,5 +1,7 @@
 """The routes along which information flows to a prediction: the important edges of a graph."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, NamedTuple

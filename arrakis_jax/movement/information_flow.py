@@ -1,5 +1,7 @@
 """How much each source token brings to each position, layer by layer and from the input on."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 

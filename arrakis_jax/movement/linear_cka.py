@@ -1,5 +1,7 @@
 """How alike the stream's points arrange the tokens: linear CKA, a diagnostic."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 
 import jax

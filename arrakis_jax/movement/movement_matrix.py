@@ -1,5 +1,7 @@
 """How far the stream moves between all pairs of its points."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -99,10 +101,10 @@ def _matrix(
         return MovementMatrix(**vars(moves), points=names)
     n_kept = kept.sum()
 
-    def mean(value: Float[Array, "... B T"]) -> Float[Array, "..."]:
+    def mean(value: Float[Array, "... B T"]) -> Float[Array, ...]:
         return jnp.where(over(kept, value), value, 0).sum((-2, -1)) / n_kept
 
-    def median(value: Float[Array, "... B T"]) -> Float[Array, "..."]:
+    def median(value: Float[Array, "... B T"]) -> Float[Array, ...]:
         # Tokens left out are sorted behind the others, whose number may be traced.
         last = jnp.where(over(kept, value), value, jnp.inf).reshape(*value.shape[:-2], -1)
         ordered = jnp.sort(last, -1)

@@ -1,5 +1,7 @@
 """How far the stream moves between the ends of two layers, at every position."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import jax

@@ -1,5 +1,7 @@
 """The shape of the stream at every point: its length, dimensionality and largest dimensions."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 
 import jax

@@ -1,5 +1,7 @@
 """Attribution patching: the effects of patching every node at once, to first order."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 

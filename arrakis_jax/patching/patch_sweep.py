@@ -1,5 +1,7 @@
 """Exact activation patching of every cell: each layer, position, head or neuron by itself."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -179,7 +181,7 @@ class _SiteSweep:
         site: str,
         over: tuple[str, ...],
         cell_batch: int,
-    ) -> "_SiteSweep":
+    ) -> _SiteSweep:
         """The sweep over the cells that a site has along these axes."""
         config = model.config
         counts = {

@@ -1,5 +1,7 @@
 """The fields that a forward must record so that terms can be made of them."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from arrakis_jax.core.axes import Array, Int
