@@ -200,7 +200,7 @@ def captured_layer(
 ) -> Layer:
     """One layer of a captured stream, with these of its fields."""
     fields = {name: value for name, value in fields.items() if value is not None}
-    facts: dict[str, Any] = {n: getattr(stream, n) for n in ("mask", "lacks", "normed")}
+    facts: dict[str, Any] = {n: getattr(stream, n) for n in ("mask", "lacks", "normed", "edited")}
     return Layer(place.block, place.index, ResidualStream(**fields, **facts), resid_post)
 
 

@@ -41,8 +41,14 @@ class Brought(NamedTuple):
 
 
 def attention_brought(model: Transformer, layer: Layer) -> Brought:
-    """The vectors that one layer's attention brings. The layer must have `BROUGHT_FIELDS`."""
+    """The vectors that one layer's attention brings. The layer must have `BROUGHT_FIELDS`.
+
+    Raises ValueError if an edit changed what heads bring on their way, as values and patterns then
+    do not say what was brought.
+    """
     config, stream, block = model.config, layer.stream, layer.block
+    do = "use method='attention', or edit 'pattern' or 'v', from which flow is computed"
+    stream.need_unedited(("z", "attn_out", "resid_mid"), "flow between positions", do)
     acc = config.acc
     through, share = written(config, stream, block.norm_attn_out, "attn")
     w_o = through(block.attn.w_o[...])

@@ -65,6 +65,9 @@ def logit_flow(
     if complete:
         logits = on_diagonal(logits, _along(_embedded(model, source), reader.first))
     start = (flow, jnp.zeros(real.shape, bool), logits, constant)
+    if source.captured is not None:
+        do = "use logit_attribution, whose `rest` holds such an edit"
+        source.captured.need_unedited(("resid_pre", "resid_post", "final"), "ALTI-Logit", do)
     stream, walked = source.over_layers(model, fields, start, step)
     _, empty, logits, constant = walked.state
     # The final scale, and the length that directions leave out, come in once for all layers.

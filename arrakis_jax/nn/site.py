@@ -29,6 +29,7 @@ class Sites:
         index, valid: `[B,N]`, the positions to record, or None for all.
         whole: names of sites to record at every position, whatever `index` says.
         records: the recorded values by site.
+        edited: the names of the sites whose values an edit changed, collected while tracing.
     """
 
     capture: frozenset[str] = frozenset()
@@ -40,6 +41,7 @@ class Sites:
     valid: Bool[Array, "B N"] | None = None
     whole: frozenset[str] = frozenset()
     records: dict[str, Array] = field(default_factory=dict)
+    edited: set[str] = field(default_factory=set)
 
     def __call__(self, name: str, value: Array, *, axis: int = 1, at_padding: float = 0) -> Array:
         """Passes `value` through the site `name`; its position axis is `axis`."""
@@ -49,7 +51,11 @@ class Sites:
             is_array = hasattr(tap, "astype")
             value = value + tap.astype(value.dtype) if is_array else tap(value)
         for edit in self.edits:
-            value = edit(name, self.layer, value)
+            changed = edit(name, self.layer, value)
+            # An edit of another site returns the value itself, and not a copy.
+            if changed is not value:
+                self.edited.add(name)
+            value = changed
         # After the edits, so that no edit can write at padding.
         value = self.at_real(value, axis, at_padding)
         if name in self.capture:

@@ -162,6 +162,7 @@ class Transformer(Ends):
             mask=padding.real if at is None else site.valid,
             layers=layers,
             positions=capture.positions if at is None else None,
+            edited=tuple(sorted(site.edited)),
         )
         return ModelOutput(logits, stream)
 
@@ -215,7 +216,10 @@ class Transformer(Ends):
         padding = Padding.of(x_BTD.shape[:2], mask)
         site = self._sites(padding, capture, edits)
         logits = self._logits(site("final", x_BTD.astype(self.config.stream)), site, capture)
-        stream = self._stream(site.records, mask=padding.real, positions=capture.positions)
+        stream = self._stream(
+            site.records, mask=padding.real, positions=capture.positions,
+            edited=tuple(sorted(site.edited)),
+        )  # fmt: skip
         return ModelOutput(logits, stream)
 
     def resume(

@@ -79,6 +79,7 @@ class ResidualStream(Record):
         positions: the positions held, or None for all.
         lacks: the fields that the model does not have, such as an MLP's.
         normed: whether norms are applied to the stream itself, which then is not a plain sum.
+        edited: the sites where an edit changed the forward.
     """
 
     embed: Float[Array, "B T D"] = ABSENT
@@ -109,6 +110,7 @@ class ResidualStream(Record):
     positions: tuple[int, ...] | None = field(default=None, metadata={"static": True})
     lacks: tuple[str, ...] = field(default=(), metadata={"static": True})
     normed: bool = field(default=False, metadata={"static": True})
+    edited: tuple[str, ...] = field(default=(), metadata={"static": True})
 
     @property
     def resid_post(self) -> Float[Array, "L B T D"]:
@@ -142,6 +144,14 @@ class ResidualStream(Record):
                     f"`residuals` must be captured at all {axis}, got only {captured}; "
                     f"run the model with {axis}=None in its Capture"
                 )
+
+    def need_unedited(self, sites: tuple[str, ...], reader: str, do: str) -> None:
+        """Raises ValueError if an edit changed one of these sites; `reader` is what needs them."""
+        changed = tuple(site for site in sites if site in self.edited)
+        if changed:
+            must = f"of a forward without edits of {', '.join(changed)} for {reader}"
+            got = f"one with edits of {', '.join(self.edited)}"
+            raise ValueError(expected("residuals", must, got, do))
 
     def at(
         self, positions: Int[Array, "... N"] | tuple[int, ...], *, whole: tuple[str, ...] = ()

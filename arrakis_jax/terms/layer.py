@@ -118,6 +118,8 @@ class LayerTerms:
 
     def _sources(self, w_o: Array) -> Sources:
         """The terms of every head, split by the position of the value that it reads."""
+        do = "use by='head', or edit 'pattern' or 'v': z is their product no longer"
+        self.stream.need_unedited(("z",), "by='source'", do)
         pattern, v = self.stream.pattern, self.stream.v
         n = v.shape[-3]
         if pattern.shape[-1] != n:

@@ -61,6 +61,9 @@ class Readout(NamedTuple):
         # The norm is computed again, so that `rest` and `gap` test the terms independently.
         scale = jnp.ones_like(self.offset) if model.norm_final is None else stream.norm_final_scale
         logit = contract("...D,...D->...", model.final_norm(stream.final), self.u) + self.bias
+        if "norm_final_scale" in stream.edited:  # the model's own logit has the edited scale
+            read = contract("...D,...D->...", stream.final.astype(scale.dtype), self.direction)
+            logit = read / scale + self.offset + self.bias
         logit, constant = (
             jnp.where(stream.mask, x, self.absent) for x in (logit, self.offset + self.bias)
         )
