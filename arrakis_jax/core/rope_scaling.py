@@ -28,7 +28,7 @@ class RopeScaling:
 
     Attributes:
         kind: "llama3" (long wavelengths are slowed down, short ones kept), "linear" (all are
-            slowed down), "dynamic" (the base grows with the longest row of the batch), "yarn"
+            slowed down), "dynamic" (the base grows with the length of the prompt), "yarn"
             (interpolated by rotations), or "longrope" (a factor for each frequency, one list for
             batches that fit the first context, and one for longer ones).
         factor: how much longer the context becomes.
@@ -41,7 +41,7 @@ class RopeScaling:
         beta_slow: yarn: those that turn less often are divided by `factor`.
         truncate: yarn: whether the bounds of the interpolation are rounded to whole dimensions.
         short_factor: longrope: a divisor for each frequency.
-        long_factor: longrope: the same, when the longest row exceeds the first context.
+        long_factor: longrope: the same, for prompts longer than the first context.
         attention_factor: multiplies cosines and sines (so that scores grow by its square).
     """
 

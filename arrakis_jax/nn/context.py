@@ -93,7 +93,7 @@ def _rotations(
     config: ModelConfig, padding: Padding, windowed: np.ndarray
 ) -> tuple[list[tuple[Array, Array]], np.ndarray]:
     """The distinct rotations (0 ordinary, 1 with a window, 2 none), and each layer's index."""
-    theta, longest = config.rope_theta, padding.count.max(initial=0)
+    theta = config.rope_theta
     assert theta is not None
     kinds = windowed * (config.window_rope_theta is not None)
     kinds = np.where(_per_layer(config, config.rope_layers, True), kinds, 2)
@@ -104,7 +104,7 @@ def _rotations(
         else:
             theta, scaling = config.rope_theta or theta, config.rope_scaling
         # A layer that does not rotate turns by zero, so that all layers run the same program.
-        cos, sin = rotation(config, theta, scaling, padding.rank, longest)
+        cos, sin = rotation(config, theta, scaling, padding.rank, padding.count)
         rotations.append((jnp.ones_like(cos), jnp.zeros_like(sin)) if kind == 2 else (cos, sin))
     return rotations, np.searchsorted(np.unique(kinds), kinds)
 

@@ -13,9 +13,12 @@ from arrakis_jax.core.config import ModelConfig, RopeScaling
 
 
 def frequencies(
-    theta: float, scaling: RopeScaling | None, d_rotary: int, longest: Int[Array, ""] | int = 0
+    theta: float, scaling: RopeScaling | None, d_rotary: int, length: Array | int = 0
 ) -> np.ndarray | Array:
-    """`[K/2]`, radians per token of each rotated pair; `longest` is the batch's longest row."""
+    """`[K/2]`, radians per token of each rotated pair.
+
+    Scalings that depend on the `length [B]` of each prompt give `[B,K/2]`.
+    """
     # In float64, so that the frequencies are rounded only once: far positions multiply the error.
     exponent = np.arange(0, d_rotary, 2) / d_rotary
     frequency = theta**-exponent
@@ -24,13 +27,17 @@ def frequencies(
     factor, trained = scaling.factor or 1.0, scaling.original_max_positions or 1
     if scaling.kind == "linear":
         return frequency / factor
+    # Each row has its own length, so that a prompt has the same numbers in any batch.
+    length = jnp.asarray(length)[..., None]
     if scaling.kind == "dynamic":
         # The base grows with the length of the text: theta * growth ** (d / (d - 2)).
-        growth = factor * jnp.maximum(longest, trained) / trained - (factor - 1)
-        return frequency * growth ** (-exponent * d_rotary / (d_rotary - 2))
+        growth = factor * jnp.maximum(length, trained) / trained - (factor - 1)
+        power = -exponent * d_rotary / (d_rotary - 2)
+        return over(jnp.asarray(frequency), growth) * growth ** over(jnp.asarray(power), growth)
     if scaling.kind == "longrope":
         short, long = (np.array(f) for f in (scaling.short_factor, scaling.long_factor))
-        return jnp.where(longest > trained, frequency / long, frequency / short)
+        longer = length > trained
+        return jnp.where(longer, *(over(jnp.asarray(frequency / f), longer) for f in (long, short)))
     if scaling.kind == "yarn":
         kept = 1 - _ramp(theta, scaling, d_rotary)
     else:
@@ -65,12 +72,13 @@ def rotation(
     theta: float,
     scaling: RopeScaling | None,
     position_BT: Int[Array, "B T"],
-    longest: Int[Array, ""],
+    length_B: Int[Array, " B"],
 ) -> tuple[Float[Array, "B T K2"], Float[Array, "B T K2"]]:
     """The cosines and sines of all positions' angles, in at least float32."""
-    frequency = frequencies(theta, scaling, config.d_rotary, longest.astype(config.acc))
+    frequency = frequencies(theta, scaling, config.d_rotary, length_B.astype(config.acc))
+    frequency = jnp.asarray(frequency, config.acc)
     angle = position_BT[..., None].astype(config.acc)
-    angle = angle * over(jnp.asarray(frequency, config.acc), angle)
+    angle = angle * (over(frequency, angle) if frequency.ndim == 1 else frequency[..., None, :])
     # The factor scales queries and keys alike, so it counts twice in the scores, as in YaRN.
     factor = 1.0 if scaling is None else scaling.attention_factor
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor

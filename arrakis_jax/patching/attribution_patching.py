@@ -270,6 +270,7 @@ def _attribution_patching(
         base=base_B,
         source=source_B,
         screening=ABSENT if screening is None else shaped(screening),
+        mask=mask,
         over=over,
         sites=sites,
         method=str(method),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrakis_jax.core.axes import Array, Float
+from arrakis_jax.core.axes import Array, Bool, Float
 from arrakis_jax.core.checks import checked_choice, checked_count
 from arrakis_jax.core.errors import expected
 from arrakis_jax.core.numerics import contract
@@ -133,12 +133,14 @@ class PatchEffects(Effects):
         patch: what was put in place: "resample" (of the source), "mean" or "zero".
         screening: shaped as `effects`, magnitudes that also show nodes whose effects cancel (see
             `attribution_patching`); None unless asked for.
+        mask: `[B,T]`, True at real tokens; None when all are.
     """
 
     effects: Any
     base: Float[Array, " B"]
     source: Float[Array, " B"] = ABSENT
     screening: Any = ABSENT
+    mask: Bool[Array, "B T"] = ABSENT
     over: tuple[str, ...] = field(metadata={"static": True})
     sites: tuple[str, ...] = field(metadata={"static": True})
     method: str = field(default="exact", metadata={"static": True})
@@ -175,19 +177,28 @@ class PatchEffects(Effects):
     def mean(self, *, interval: float = 0.95, draws: int = 1000, seed: int = 0) -> MeanEffects:
         """The mean over examples, and a percentile bootstrap interval of it; by site as effects.
 
+        At a position it is the mean over the examples that have a token there; NaN if none has.
+
         Args:
             interval: the share of bootstrap means inside.
             draws: how many times the examples are drawn again, with replacement.
             seed: of these draws.
         """
         means = {
-            site: bootstrap(x, interval=interval, draws=draws, seed=seed)
+            site: bootstrap(x, there=self._there(site), interval=interval, draws=draws, seed=seed)
             for site, x in self.by_site.items()
         }
         if not isinstance(self.effects, dict):
             return means[self.sites[0]]
         # A dict by site for the mean and for each end, instead of three values by site.
         return MeanEffects(*({site: x[i] for site, x in means.items()} for i in range(3)))
+
+    def _there(self, site: str) -> Array | None:
+        """Which effects of a site are of real tokens, shaped as they are; None if all are."""
+        axes, effects = axes_of(site, self.over), self.by_site[site]
+        if self.mask is None or "position" not in axes:
+            return None
+        return jnp.broadcast_to(real_cells(self.mask, axes), effects.shape)
 
     def to_table(self, k: int | None = None) -> Table:
         """A row for each cell and example, or for the k largest of each example.
@@ -221,9 +232,17 @@ def effect_rows(
 
 
 def bootstrap(
-    values: Float[Array, "... B"], *, interval: float = 0.95, draws: int = 1000, seed: int = 0
+    values: Float[Array, "... B"],
+    *,
+    there: Bool[Array, "... B"] | None = None,
+    interval: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
 ) -> MeanEffects:
-    """The mean over the last axis with a percentile bootstrap interval."""
+    """The mean over the last axis with a percentile bootstrap interval.
+
+    It is over the values that are `there`, of the same shape; NaN where none is.
+    """
     if not 0 < interval < 1:
         raise ValueError(expected("interval", "in (0, 1)", interval, "0.95 is usual"))
     checked_count("draws", draws, 10**6)
@@ -233,13 +252,23 @@ def bootstrap(
     weight = jnp.asarray(drawn / n, values.dtype)
     tail = jnp.array([50 * (1 - interval), 50 * (1 + interval)])
 
-    def ends(row_B: Float[Array, " B"]) -> Float[Array, " 2"]:
-        return jnp.percentile(contract("NB,B->N", weight, row_B), tail)
+    def ends(rows: tuple[Array, Array]) -> Float[Array, " 2"]:
+        total, count = (contract("NB,B->N", weight, row_B) for row_B in rows)
+        # A draw without any value that is there has no mean, and is left out.
+        return jnp.nanpercentile(jnp.where(count > 0, total / count, jnp.nan), tail)
 
+    real = jnp.ones_like(values) if there is None else jnp.where(there, 1, 0).astype(values.dtype)
+    values = values * real
     # In batches, since each row needs `draws` numbers of memory.
-    ends_C2 = jax.lax.map(ends, values.reshape(-1, n), batch_size=4096)
+    ends_C2 = jax.lax.map(ends, (values.reshape(-1, n), real.reshape(-1, n)), batch_size=4096)
     low, high = jnp.moveaxis(ends_C2.reshape(*values.shape[:-1], 2), -1, 0)
-    return MeanEffects(values.mean(-1), low, high)
+    return MeanEffects(values.sum(-1) / real.sum(-1), low, high)
+
+
+def real_cells(real_BT: Bool[Array, "B T"], axes: tuple[str, ...]) -> Bool[Array, "... B"]:
+    """The mask as `[T,B]` among the axes of effects, wherever "position" is."""
+    shape = [real_BT.shape[1] if axis == "position" else 1 for axis in axes]
+    return real_BT.T.reshape(*shape, -1)
 
 
 def axes_of(site: str, over: tuple[str, ...]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from arrakis_jax.core.checks import Mask, Tokens, checked_count
 from arrakis_jax.forward.run import compiled
 from arrakis_jax.forward.targets import Target, checked_target, read_target
 from arrakis_jax.nn.transformer import Transformer
-from arrakis_jax.patching.effects import PatchEffects, axes_of, checked_over
+from arrakis_jax.patching.effects import PatchEffects, axes_of, checked_over, real_cells
 from arrakis_jax.patching.pairs import Pair, checked_pair, checked_sites, source_values
 from arrakis_jax.stream.edits import KV_SITES
 from arrakis_jax.stream.fields import UNSTACKED
@@ -134,6 +134,7 @@ def _patch_sweep(
         effects=effects if more else effects[first],
         base=base_B,
         source=source_B,
+        mask=mask,
         over=over,
         sites=sites,
         patch=patch,
@@ -144,9 +145,7 @@ def at_real(effects: Float[Array, "... B"], real_BT: Array, over: tuple[str, ...
     """Effects with these axes and B, zero at padding."""
     if "position" not in over:
         return effects
-    # The mask as [T,B] among the effects' axes, wherever "position" is.
-    shape = [real_BT.shape[1] if axis == "position" else 1 for axis in over]
-    return jnp.where(real_BT.T.reshape(*shape, -1), effects, 0)
+    return jnp.where(real_cells(real_BT, over), effects, 0)
 
 
 @dataclass(frozen=True)

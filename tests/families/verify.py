@@ -104,12 +104,9 @@ def _padding(model: Transformer, tokens: np.ndarray, mask: np.ndarray) -> float:
     wide_tokens = np.pad(tokens, ((0, 0), (3, 0)), constant_values=5)
     wide_mask = np.pad(mask, ((0, 0), (3, 0)))
     padded = np.asarray(run(model, wide_tokens, mask=wide_mask, capture=("logits",)).logits)
-    # These scalings of RoPE look at the longest row, which is the first.
-    scaling = model.config.rope_scaling
-    shared = scaling is not None and scaling.kind in ("dynamic", "longrope")
     return max(
         _relative(padded[b, -n:], np.asarray(alone), np.ones(n, bool))
-        for b in range(1 if shared else 2)
+        for b in range(2)
         for n in [int(mask[b].sum())]
         for alone in run(model, tokens[b : b + 1, -n:], capture=("logits",)).logits
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from arrakis_jax import RopeScaling, Transformer, residual_gradients, run
+from arrakis_jax import Logit, RopeScaling, Transformer, patch_sweep, residual_gradients, run
 from arrakis_jax.nn import rotary
 from arrakis_jax.nn.context import slopes
 from arrakis_jax.nn.rotary import rotate
@@ -171,3 +171,30 @@ def test_gradients_copy_no_weight_and_few_scores():
     d, h, g, k = 20, 6, 3, 4
     assert not copied[d * h * k] and not copied[d * g * k]
     assert copied[2 * h * 7 * 7] <= 2
+
+
+SCALED_BY_LENGTH = {
+    "dynamic": RopeScaling(kind="dynamic", factor=3.0, original_max_positions=4),
+    "longrope": RopeScaling(
+        kind="longrope", short_factor=(1.0, 1.5), long_factor=(2.0, 5.0), original_max_positions=4
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SCALED_BY_LENGTH)
+def test_a_short_prompt_beside_a_long_one_has_its_own_scaling(kind, x64):
+    """The frequencies of a prompt depend on its length alone, wherever its padding is."""
+    m = model("llama", dtype="float64", rope_scaling=SCALED_BY_LENGTH[kind], d_head=4)
+    tokens = np.random.default_rng(0).integers(31, size=(2, 9))
+    for columns in (slice(6, 9), slice(0, 3), slice(2, 5)):
+        mask = np.ones((2, 9), bool)
+        mask[1] = False
+        mask[1, columns] = True
+        both = run(m, tokens, mask=mask).logits
+        close(both[1, columns], run(m, tokens[1:, columns]).logits[0], 1e-12)
+        close(both[0], run(m, tokens[:1]).logits[0], 1e-12)
+    # Also where keys and values of earlier columns are reused.
+    source = np.roll(tokens, 1, 0)
+    sweep = patch_sweep(m, tokens, source, Logit(3), mask=mask, sites="resid_pre")
+    alone = patch_sweep(m, tokens[1:, 2:5], source[1:, 2:5], Logit(3), sites="resid_pre")
+    close(sweep.effects[:, 2:5, 1], alone.effects[..., 0], 1e-11)

@@ -184,3 +184,22 @@ def test_what_writers_change(x64):
     heads = head_changes(block, base.z[1], source.z[1], linear=False)
     rows = [graph.index((1, "head", h), "writers") for h in range(6)]
     close(heads, exact[np.array(rows)], 1e-12)
+
+
+def test_means_are_over_the_examples_that_have_a_token_there():
+    mask = np.array([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1], [1] * 5, [0, 0, 1, 1, 1]], bool)
+    found = {k: np.array(x) for k, x in effects().effects.items()}
+    there = {k: np.broadcast_to(mask.T, x.shape) for k, x in found.items()}
+    zeroed = {k: jnp.asarray(np.where(there[k], x, 0)) for k, x in found.items()}
+    means = effects(effects=zeroed, mask=jnp.asarray(mask)).mean(draws=300)
+    for site, x in found.items():
+        absent = np.where(there[site], x, np.nan)
+        close(means.mean[site], np.nanmean(absent, -1), 1e-6)
+        # One example alone: its interval is its own value. Without padding: as of plain values.
+        for end in (means.low, means.high):
+            close(end[site][..., 0], x[..., 0, 2], 1e-6)
+        plain = bootstrap(jnp.asarray(x[..., 2:, :]), draws=300)
+        for end, want in zip(means[1:], plain[1:], strict=True):
+            close(end[site][..., 2:], want, 1e-6)
+    nowhere = effects(effects=zeroed, mask=jnp.zeros_like(mask)).mean(draws=10)
+    assert np.isnan(nowhere.mean["z"]).all() and np.isnan(nowhere.low["z"]).all()
