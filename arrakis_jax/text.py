@@ -81,7 +81,7 @@ def encode(
         prompts: one text or several.
         bos: "model" adds the special tokens that the tokenizer adds by itself. True adds one BOS in
             front and nothing else. False adds nothing. A prompt that begins with the text of the
-            BOS token never gets a second one.
+            BOS token gets no other; as many as it has are kept.
         side: where padding goes.
         width: the number of columns; None for the longest prompt's length. A width of its own keeps
             the shape, so that prompts of other lengths compile nothing new.
@@ -121,11 +121,7 @@ def encode(
     if bos is True and first is None:
         do = "this tokenizer has no BOS token"
         raise ValueError(expected("bos", "'model' or False", "True", do))
-    rows = [_ids(tokenizer, text, special=bos == "model") for text in texts]
-    if bos is True:
-        rows = [[first, *row] for row in rows]
-    if bos and first is not None:
-        rows = [_once(first, row) for row in rows]
+    rows = [_row(tokenizer, text, bos) for text in texts]
     empty = [i for i, row in enumerate(rows) if not row]
     if empty:
         got = f"none in prompts {empty[:5]}"
@@ -207,11 +203,15 @@ def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
-def _once(first: int, row: list[int]) -> list[int]:
-    """The row with `first` at its start only once."""
-    while row[:2] == [first, first]:
-        row = row[1:]
-    return row
+def _row(tokenizer: Any, text: str, bos: bool | Literal["model"]) -> list[int]:
+    """The ids of a text with what `bos` adds; without an added BOS if the text has its own."""
+    first, own = tokenizer.bos_token_id, _ids(tokenizer, text, special=False)
+    has_own = first is not None and own[:1] == [first]
+    if bos is not True:
+        row = _ids(tokenizer, text, special=True) if bos else own
+        # Two BOS where the text begins with one: the first of them was added.
+        return row[1:] if has_own and row[: len(own) + 1] == [first, *own] else row
+    return own if has_own else [first, *own]
 
 
 def continuation(tokenizer: Any, token: int) -> str:

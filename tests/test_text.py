@@ -46,9 +46,13 @@ def byte_level(**options) -> PreTrainedTokenizerFast:
 def test_bos_of_a_tokenizer_that_adds_it():
     tokenizer = sentencepiece()
     for bos in ("model", True):
-        tokens, mask = encode(tokenizer, [" Mary", "<s>Mary", "<s><s> Mary"], bos=bos)
+        prompts = [" Mary", "<s>Mary", "<s><s> Mary", "<s><s><s><s><s>x", "Mary<s>"]
+        tokens, mask = encode(tokenizer, prompts, bos=bos)
         real = [row[here].tolist() for row, here in zip(tokens, mask, strict=True)]
-        assert all(row[0] == 1 and row.count(1) == 1 for row in real)
+        assert [row.count(1) for row in real] == [1, 1, 2, 5, 2]
+        assert all(row[0] == 1 for row in real)
+    kept = encode(tokenizer, ["<s><s> Mary", "Mary"], bos=False, side="right").tokens
+    assert kept[0, :2].tolist() == [1, 1] and 1 not in kept[1]
     assert encode(tokenizer, "Mary John", bos=False).tokens.tolist() == [[7, 9]]
     assert encode(tokenizer, "", bos="model").tokens.tolist() == [[1]]
 

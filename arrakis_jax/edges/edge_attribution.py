@@ -118,9 +118,12 @@ def edge_attribution(
         along: "inputs": the embedding is moved from the base to the source run, and all else
             follows. "activations": for each group of writers (the embedding, the heads of a layer,
             an MLP) only the group's own outputs are moved, for the effects of these writers.
-        rule: where on the way, 0 at the base and 1 at the source run: "right", the published one,
-            1/m, ..., 1; "left" 0, ..., (m-1)/m; "midpoint"; "gauss_legendre"; or "trapezoid", with
-            one more. In models with RMSNorm and RoPE the mean converges slowly; "midpoint" is best.
+        rule: where on the way, 0 at the base and 1 at the source run: "right" 1/m, ..., 1; "left"
+            0, ..., (m-1)/m; "midpoint"; "gauss_legendre"; or "trapezoid", with one more. The
+            published loop is "right" along inputs. Along activations it is "left", and there it
+            adds the gradients of every group's steps to every edge; here a group's steps count for
+            its own writers alone. In models with RMSNorm and RoPE the mean converges slowly;
+            "midpoint" is best.
         step_batch: how many steps are run at once at most, which bounds memory; None for all.
         mask: `[B,T]`, of both prompts.
         check: also check the values of arrays that are on an accelerator.
@@ -170,7 +173,7 @@ def _checked_method(method: Any, **options: Any) -> EAP | EAPIG:
     if options["steps"] is not None:
         return EAPIG(**options)
     _check_way(options["along"], options["rule"])
-    for name in ("along", "step_batch"):
+    for name in ("along", "rule", "step_batch"):
         if name in keywords:
             must, do = f"{defaults[name]!r} with steps=None", "give `steps` too, or leave it out"
             raise ValueError(expected(name, must, repr(keywords[name]), do))

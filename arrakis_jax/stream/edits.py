@@ -190,7 +190,9 @@ class Replace(Edit):
     """Puts the activations of another run in place: activation patching.
 
     `value` is the captured field of that run at all layers, `[L,B,T,...]`: each layer takes its own
-    entry. Or it is as for `Set`: `[B,T,...]` for `embed` and `final`, or for one layer.
+    entry. Or it is as for `Set`: `[B,T,...]` for `embed` and `final`, or for one layer. A value
+    whose first axis could be either, such as `[4,4,D]` at a position of 4 layers, rows and columns,
+    is refused.
     """
 
     def bind(self, config, position_BT, count_B):  # noqa: D102
@@ -202,7 +204,35 @@ class Replace(Edit):
         if stacked and shape[0] != n:
             must, do = f"of all {n} layers, or of one", "give value[i] with layer=..."
             raise ValueError(expected("value", must, f"shape {shape}", do))
+        self._check_first_axis(shape, config, position_BT.shape)
         return super().bind(config, position_BT, count_B)
+
+    def _check_first_axis(
+        self, shape: tuple[int, ...], config: ModelConfig, rows: tuple[int, ...]
+    ) -> None:
+        """Raises ValueError if the part selected in every layer could also be one layer's value.
+
+        `[L,B,D]` at a position is not taken, and would be read as `[B,T,D]` where all are alike.
+        """
+        at_position, at_head = _axes(self.site)
+        selected = ((at_position, self.position), (at_head, self.head))
+        removed = [axis for axis, index in selected if index is not None]
+        if self.site in UNSTACKED or self.layer is not None or not removed:
+            return
+        # The sizes of one layer's axes; None where both readings have the same axis.
+        sizes: list[int | None] = [None] * _rank(self.site, config)
+        sizes[0], sizes[at_position] = rows
+        if self.site in HEAD_SITES:
+            sizes[at_head] = config.n_kv_heads if self.site in KV_SITES else config.n_heads
+        part = [size for axis, size in enumerate(sizes) if axis not in removed]
+        of_all_layers = len(shape) == len(part) + 1 and all(
+            size in (None, n) for n, size in zip(shape, (config.n_layers, *part), strict=True)
+        )
+        aligned = zip(reversed(shape), reversed(sizes), strict=False)
+        if of_all_layers and all(n == 1 or size in (None, n) for n, size in aligned):
+            must = "of all layers `[L,B,T,...]`, or of one layer `[B,T,...]`"
+            do = "give value[i] with layer=i, or all layers at all positions and heads"
+            raise ValueError(expected("value", must, f"shape {shape}, which could be either", do))
 
     def of_segment(self, i, layers, n_layers):  # noqa: D102
         edit = super().of_segment(i, layers, n_layers)

@@ -257,6 +257,7 @@ def test_bad_input():
         (lambda: call(tokens, tokens, LogProb(3), along="in"), ValueError, "`along` must be one"),
         (lambda: call(tokens, tokens, 3, rule="x", steps=2), ValueError, "`rule` must be one of"),
         (lambda: call(tokens, tokens, 3, along="activations"), ValueError, "with steps=None"),
+        (lambda: call(tokens, tokens, 3, rule="left"), ValueError, "`rule` must be 'right' with"),
         (lambda: call(tokens, tokens, 3, step_batch=2), ValueError, "`step_batch` must be None"),
         (lambda: call(tokens, tokens, 3, steps=0), ValueError, "`steps` must be an int"),
         (lambda: call(tokens, tokens, 3, steps=2, step_batch=0), ValueError, "`step_batch` must"),
