@@ -158,8 +158,10 @@ def _padded(rows: list[list[int]], side: str, width: int) -> Prompts:
 def token_id(tokenizer: Any, text: str) -> int:
     """The id of a text that is exactly one token, such as " Mary" (the space counts).
 
-    Some tokenizers put a space in front of every text (SentencePiece). There " Mary" is the token
-    that continues a text with " Mary".
+    It is the token that continues a text by exactly these characters. Some tokenizers put a space
+    in front of every text (SentencePiece). There "in" is the piece inside of words, and " in" the
+    piece that begins one. Only if no token is the text itself, it is the one token that such a
+    tokenizer makes of it, which has the space too.
 
     Raises:
         TypeError: if `text` is not a text.
@@ -169,20 +171,30 @@ def token_id(tokenizer: Any, text: str) -> int:
         do = "an id needs no look-up"
         raise TypeError(expected("text", "a text", type(text).__name__, do))
     ids = _ids(tokenizer, text, special=False)
+    for candidate in _named(tokenizer, text) + (ids if len(ids) == 1 else []):
+        if continuation(tokenizer, candidate) == text:
+            return candidate
     # The space may have become a token of its own, since the tokenizer puts another in front.
     if len(ids) != 1 and text[:1] == " ":
         bare = _ids(tokenizer, text[1:], special=False)
         if len(bare) == 1 and continuation(tokenizer, bare[0]) == text:
             ids = bare
-    if len(ids) != 1 and text:  # a piece that occurs inside words alone
-        piece = tokenizer.convert_tokens_to_ids(text)
-        if piece not in (None, tokenizer.unk_token_id) and continuation(tokenizer, piece) == text:
-            ids = [piece]
     unknown = ids == [tokenizer.unk_token_id] and text != tokenizer.unk_token
     if len(ids) != 1 or unknown:
         got = f"{text!r}, which is {tokenizer.convert_ids_to_tokens(ids)}"
         raise ValueError(expected("text", "exactly one token", got, "mind the leading space"))
     return ids[0]
+
+
+def _named(tokenizer: Any, text: str) -> list[int]:
+    """The ids of the names that SentencePiece could have for a text: as it is, or of its byte."""
+    names = [text, text.replace(" ", "▁")]
+    if len(text) == 1 and text.isascii():
+        names.append(f"<0x{ord(text):02X}>")
+    # A name that the vocabulary lacks has the id of the unknown token, or None.
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in names if name}
+    lacking = (None, tokenizer.unk_token_id)
+    return [i for name, i in ids.items() if i not in lacking or name == tokenizer.unk_token]
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from arrakis_jax.core.errors import CheckpointError
-from arrakis_jax.text import encode, token_id, tokenizer_for
+from arrakis_jax.demo import demo_model
+from arrakis_jax.text import continuation, encode, token_id, tokenizer_for
 
 
 def sentencepiece(**options) -> PreTrainedTokenizerFast:
@@ -135,7 +136,8 @@ def test_token_id_with_a_space_in_front_of_every_text():
     tokenizer = sentencepiece()
     assert tokenizer(" Mary", add_special_tokens=False)["input_ids"] == [3, 7]
     assert token_id(tokenizer, " Mary") == 7
-    assert token_id(tokenizer, "Mary") == 7
+    assert token_id(tokenizer, "Mary") == 8
+    assert (token_id(tokenizer, "x"), token_id(tokenizer, " x")) == (10, 11)
     assert token_id(tokenizer, "<s>") == 1
     for text in ("  Mary", " Mary John", "Mary x"):
         with pytest.raises(ValueError, match="`text` must be exactly one token, got"):
@@ -181,8 +183,22 @@ def test_torch_is_not_imported(tmp_path):
     assert done.stdout.strip() == "[[1 7]] False"
 
 
+def test_every_token_is_the_id_of_its_own_text(stories):
+    """Of tokens that continue a text alike, a piece comes before the byte that it is."""
+    for tokenizer in (tokenizer_for(stories), byte_level(), demo_model()[1]):
+        texts = [continuation(tokenizer, i) for i in range(len(tokenizer))]
+        asked = [text for text in texts if text and "\ufffd" not in text]
+        assert len(asked) > 100
+        assert [texts[token_id(tokenizer, text)] for text in asked] == asked
+        unique = [i for i, text in enumerate(texts) if text in asked and texts.count(text) == 1]
+        assert [token_id(tokenizer, texts[i]) for i in unique] == unique
+
+
 def test_stories(stories):
     tokenizer = tokenizer_for(stories)
+    pieces = tokenizer.get_vocab()
+    assert token_id(tokenizer, "in") == pieces["in"] != pieces["▁in"] == token_id(tokenizer, " in")
+    assert token_id(tokenizer, "\n") == pieces["<0x0A>"]
     assert tokenizer.convert_ids_to_tokens(token_id(tokenizer, " Lily")) == "▁Lily"
     assert token_id(tokenizer, " Lily") == token_id(tokenizer, "Lily")
     text = "Lily saw a ball."
