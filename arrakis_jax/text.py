@@ -171,7 +171,8 @@ def token_id(tokenizer: Any, text: str) -> int:
         do = "an id needs no look-up"
         raise TypeError(expected("text", "a text", type(text).__name__, do))
     ids = _ids(tokenizer, text, special=False)
-    for candidate in _named(tokenizer, text) + (ids if len(ids) == 1 else []):
+    # The last of several ids: a tokenizer may have put a space, a token of its own, in front.
+    for candidate in (*_named(tokenizer, text), *ids[-1:]):
         if continuation(tokenizer, candidate) == text:
             return candidate
     # The space may have become a token of its own, since the tokenizer puts another in front.
@@ -186,7 +187,7 @@ def token_id(tokenizer: Any, text: str) -> int:
     return ids[0]
 
 
-def _named(tokenizer: Any, text: str) -> list[int]:
+def _named(tokenizer: Any, text: str) -> list[Any]:
     """The ids of the names that SentencePiece could have for a text: as it is, or of its byte."""
     names = [text, text.replace(" ", "▁")]
     if len(text) == 1 and text.isascii():
@@ -215,7 +216,7 @@ def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
-def _row(tokenizer: Any, text: str, bos: bool | Literal["model"]) -> list[int]:
+def _row(tokenizer: Any, text: str, bos: bool | Literal["model"]) -> list[Any]:
     """The ids of a text with what `bos` adds; without an added BOS if the text has its own."""
     first, own = tokenizer.bos_token_id, _ids(tokenizer, text, special=False)
     has_own = first is not None and own[:1] == [first]

@@ -140,7 +140,7 @@ class PatchEffects(Effects):
     base: Float[Array, " B"]
     source: Float[Array, " B"] = ABSENT
     screening: Any = ABSENT
-    mask: Bool[Array, "B T"] = ABSENT
+    mask: Bool[Array, "B T"] | None = ABSENT
     over: tuple[str, ...] = field(metadata={"static": True})
     sites: tuple[str, ...] = field(metadata={"static": True})
     method: str = field(default="exact", metadata={"static": True})
