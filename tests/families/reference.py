@@ -69,7 +69,30 @@ def batch(case: str) -> tuple[np.ndarray, np.ndarray]:
 
 def forward(model: PreTrainedModel, tokens: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
     """`logits [B,T,V]`, the input of block 0 `embed [B,T,D]` and every block's output
-    `resid_post [L,B,T,D]`."""
+    `resid_post [L,B,T,D]`.
+
+    These scalings of RoPE take the length of a batch's longest row for all rows, and the library
+    each row's own. So they run a row at a time, and are zero at padding."""
+    if not re.search("'(dynamic|longrope)'", str(model.config.to_dict())):
+        return _forward(model, tokens, mask)
+    rows = [
+        _forward(model, tokens[b : b + 1, real], mask[b : b + 1, real])
+        for b, real in enumerate(mask)
+    ]
+    empty = mask.shape[1] - mask.sum(-1)  # padding is on the left
+    return {
+        name: np.concatenate(
+            [
+                np.pad(row[name], [(0, 0)] * (row[name].ndim - 2) + [(n, 0), (0, 0)])
+                for row, n in zip(rows, empty, strict=True)
+            ],
+            -3,
+        )
+        for name in rows[0]
+    }
+
+
+def _forward(model: PreTrainedModel, tokens: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
     seen = {}
     with torch.no_grad(), _watched(model, seen):
         logits = _run(model, tokens, mask)
